@@ -1,0 +1,3 @@
+from .tensor_file import TensorFile, TensorFileWriter
+
+__all__ = ["TensorFile", "TensorFileWriter"]
