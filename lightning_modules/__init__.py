@@ -1,0 +1,17 @@
+"""What is trained: models, registered with transformers' auto classes on import, and their LightningModules."""
+
+import lazy_loader
+
+# models register themselves with transformers and with the decoder's slots when they are imported
+from . import decoder as _decoder  # noqa: F401
+from . import mole as _mole  # noqa: F401
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "decoder": ["DecoderConfig", "DecoderForCausalLM", "decoder_config"],
+        "language_model": ["CausalLMModule"],
+        "mole": ["MoLEForCausalLM", "MoLELookupConfig", "MoLELookupForCausalLM"],
+        "mole.module": ["MoLELightning"],
+    },
+)

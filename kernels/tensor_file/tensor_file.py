@@ -25,7 +25,19 @@ CHUNK_BYTES = 64 * 2**20
 _PREFIX = struct.Struct("<8sII")
 _DTYPES = {
     name: getattr(torch, name)
-    for name in ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "uint16", "uint32")
+    for name in (
+        "float64",
+        "float32",
+        "bfloat16",
+        "float16",
+        "int64",
+        "int32",
+        "int16",
+        "int8",
+        "uint8",
+        "uint16",
+        "uint32",
+    )
 }
 
 
@@ -97,7 +109,7 @@ class TensorFileWriter:
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        self._file = open(self._temporary, "wb")  # noqa: SIM115 (closed in __exit__)
+        self._file = open(self._temporary, "wb")
         self._file.seek(self._data_offset)
         return self
 
@@ -131,7 +143,9 @@ class TensorFileWriter:
         if self._current < len(self._order):
             self._file.seek(self._parts[self._order[self._current]]["offset"])
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self._finish()
@@ -178,10 +192,14 @@ class TensorFile:
         with open(self.path, "rb") as file:
             start = file.read(_PREFIX.size)
             if len(start) < _PREFIX.size or start[:8] != magic:
-                raise ValueError(f"{self.path} does not start with {magic!r}: it is not a file of this kind; write it again")
+                raise ValueError(
+                    f"{self.path} does not start with {magic!r}: it is not a file of this kind; write it again"
+                )
             _, found, length = _PREFIX.unpack(start)
             if found != version:
-                raise ValueError(f"{self.path} has layout version {found}, this release reads {version}; write it again")
+                raise ValueError(
+                    f"{self.path} has layout version {found}, this release reads {version}; write it again"
+                )
             header, checksum = file.read(length), file.read(4)
         if len(checksum) < 4 or struct.unpack("<I", checksum)[0] != zlib.crc32(start + header):
             raise ValueError(f"{self.path}: the header is truncated or altered; write the file again")
@@ -192,7 +210,9 @@ class TensorFile:
             part["offset"] = int(part["offset"])
         expected = max((_align(part["offset"] + _num_bytes(part)) for part in self._parts.values()), default=size)
         if size != expected:
-            raise ValueError(f"{self.path} has {size} bytes where its header says {expected}: truncated or altered; write it again")
+            raise ValueError(
+                f"{self.path} has {size} bytes where its header says {expected}: truncated or altered; write it again"
+            )
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of part `name`."""
@@ -207,7 +227,7 @@ class TensorFile:
         return self._parts[name]["offset"]
 
     def memory_map(self, name: str) -> torch.Tensor:
-        """Part `name` as a tensor over a private memory map: pages are read on first touch, writes never reach the file."""
+        """Part `name` over a private memory map: pages are read on first touch, writes never reach the file."""
         part = self._parts[name]
         num_bytes = _num_bytes(part)
         if num_bytes == 0:
@@ -224,7 +244,9 @@ class TensorFile:
             for chunk, checksum in enumerate(part["crc32"]):
                 piece = memoryview(buffer)[chunk * CHUNK_BYTES : (chunk + 1) * CHUNK_BYTES]
                 if file.readinto(piece) != len(piece) or zlib.crc32(piece) != int(checksum, 16):
-                    raise ValueError(f"{self.path}: part {name!r}, chunk {chunk} fails its checksum: altered; write the file again")
+                    raise ValueError(
+                        f"{self.path}: part {name!r}, chunk {chunk} fails its checksum: altered; write the file again"
+                    )
         return torch.from_numpy(buffer).view(self.dtype(name)).view(part["shape"])
 
     def verify(self) -> None:
@@ -242,5 +264,6 @@ class TensorFile:
                     remaining -= len(data)
                     if zlib.crc32(data) != int(checksum, 16):
                         raise ValueError(
-                            f"{self.path}: part {name!r}, chunk {chunk} fails its checksum: altered; write the file again"
+                            f"{self.path}: part {name!r}, chunk {chunk} fails its checksum: altered; "
+                            "write the file again"
                         )

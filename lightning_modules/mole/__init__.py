@@ -1,0 +1,7 @@
+"""Mixture of Lookup Experts: experts on token embeddings, re-parameterised into a table after training."""
+
+from . import presets as _presets  # noqa: F401 (registers the sizes)
+from .lookup import LookupTable, MoLELookupConfig, MoLELookupForCausalLM
+from .modeling import MoLEFeedForward, MoLEForCausalLM
+
+__all__ = ["LookupTable", "MoLEFeedForward", "MoLEForCausalLM", "MoLELookupConfig", "MoLELookupForCausalLM"]

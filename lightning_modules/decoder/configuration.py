@@ -1,0 +1,115 @@
+"""Configuration of the project's decoder-only transformer."""
+
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig
+
+from .slots import FEED_FORWARDS, NORMS, PROJECTIONS
+
+
+class DecoderConfig(PreTrainedConfig):
+    """Sizes and slots of a `DecoderForCausalLM`; every field can be set from YAML.
+
+    The block is pre-norm with sequential residuals. A slot is named by a string; `*_options` go to its builder.
+
+    Args:
+        vocab_size: rows of the embedding, padding included.
+        hidden_size: width of the residual stream, d.
+        intermediate_size: hidden width of the dense feed-forward (of the shared expert for MoLE); 4 d by default.
+        num_hidden_layers: layers, L.
+        num_attention_heads: query heads.
+        num_key_value_heads: key and value heads (grouped-query attention); as many as query heads by default.
+        head_dim: width of a head; `hidden_size / num_attention_heads` by default.
+        hidden_act: activation by its transformers name.
+        gated_feed_forward: multiply the activation with a second projection (SwiGLU form).
+        norm: slot `rmsnorm`, `layernorm`, or one that a method registers.
+        norm_eps: added to the variance.
+        norm_options: arguments of the norm's builder.
+        projection: slot of the attention projections: `linear`, or one that a method registers.
+        projection_options: arguments of the projection's builder.
+        feed_forward: slot `dense`, `moe`, or one that a method registers (`mole`).
+        feed_forward_options: arguments of the feed-forward's builder.
+        max_position_embeddings: longest sequence in tokens.
+        rope_parameters: as in transformers: `rope_type`, `rope_theta`, `partial_rotary_factor` (the rotated fraction
+            of each head, 1.0 by default).
+        initializer_range: standard deviation of the normal initialisation.
+        attention_bias: bias on the attention projections.
+        mlp_bias: bias in the dense feed-forward.
+        attention_dropout: dropout probability on attention weights.
+        embedding_dropout: dropout probability on the embedding output. A model trained with it can not be turned into
+            lookup tables.
+        tie_word_embeddings: share the embedding with the output layer.
+    """
+
+    model_type = "tenfold-decoder"
+    keys_to_ignore_at_inference = ("past_key_values", "auxiliary_losses")
+
+    vocab_size: int = 50304
+    hidden_size: int = 768
+    intermediate_size: int = None  # type: ignore[assignment]  # derived in __post_init__
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int = None  # type: ignore[assignment]  # derived in __post_init__
+    head_dim: int = None  # type: ignore[assignment]  # derived in __post_init__
+    hidden_act: str = "gelu"
+    gated_feed_forward: bool = False
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-5
+    norm_options: dict[str, Any] | None = None
+    projection: str = "linear"
+    projection_options: dict[str, Any] | None = None
+    feed_forward: str = "dense"
+    feed_forward_options: dict[str, Any] | None = None
+    max_position_embeddings: int = 2048
+    rope_parameters: dict[str, Any] = None  # type: ignore[assignment]  # derived in __post_init__
+    initializer_range: float = 0.02
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    attention_dropout: float = 0.0
+    embedding_dropout: float = 0.0
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill in derived sizes and check them.
+
+        Raises:
+            ValueError: sizes that do not divide, or an unknown slot.
+        """
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{self.num_attention_heads}; change one of them or set head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        self.rope_parameters = {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 1.0,
+        } | (self.rope_parameters or {})
+        rotated = self.head_dim * self.rope_parameters["partial_rotary_factor"]
+        if rotated != int(rotated) or int(rotated) % 2:
+            raise ValueError(
+                f"partial_rotary_factor {self.rope_parameters['partial_rotary_factor']} of head_dim {self.head_dim} "
+                f"rotates {rotated} values; it must be an even whole number"
+            )
+        for registry, name in ((NORMS, self.norm), (PROJECTIONS, self.projection), (FEED_FORWARDS, self.feed_forward)):
+            registry.check(name)
+        super().__post_init__(**kwargs)
+
+    def options(self, slot: Literal["norm", "projection", "feed_forward"]) -> dict[str, Any]:
+        """Arguments of a slot's builder."""
+        return dict(getattr(self, f"{slot}_options") or {})
