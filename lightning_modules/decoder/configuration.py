@@ -95,11 +95,8 @@ class DecoderConfig(PreTrainedConfig):
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}"
             )
-        self.rope_parameters = {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 1.0,
-        } | (self.rope_parameters or {})
+        default_rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+        self.rope_parameters = default_rope | (self.rope_parameters or {})
         rotated = self.head_dim * self.rope_parameters["partial_rotary_factor"]
         if rotated != int(rotated) or int(rotated) % 2:
             raise ValueError(
