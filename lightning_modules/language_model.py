@@ -1,5 +1,6 @@
 """Next-token training of any causal language model: loss, bits per byte, optimiser and schedule. Wiring only."""
 
+import json
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -134,6 +135,12 @@ class CausalLMModule(LightningModule):
             # compiling the LightningModule itself breaks self.log; in place keeps the state dict's keys
             model.compile()
         self.model = model
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what `tenfold export` needs: the network's whole configuration, and where the tokenizer is."""
+        checkpoint["model_config"] = json.loads(self.model.config.to_json_string(use_diff=False))
+        folder = getattr(getattr(self._trainer, "datamodule", None), "tokenizer_folder", None)
+        checkpoint["tokenizer_folder"] = None if folder is None else str(folder)
 
     def forward(self, **inputs: Tensor) -> Any:
         """The network's output for transformers' keyword arguments."""

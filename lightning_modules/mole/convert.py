@@ -123,7 +123,7 @@ def write_table(
     *,
     dtype: TableDtype = "bfloat16",
     memory_limit_bytes: int = 2**30,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Write the table file and return its metadata.
 
@@ -132,7 +132,7 @@ def write_table(
         path: final name; nothing is there before the table is complete.
         dtype: element type of the table.
         memory_limit_bytes: bound on the working memory, the model aside.
-        progress: called with ids done and ids in all after each chunk.
+        progress: called with the number of ids just written after each chunk.
 
     Raises:
         ValueError: see `check_lookup_ready`, `plan_table` and `table_chunks`.
@@ -164,13 +164,11 @@ def write_table(
     free = shutil.disk_usage(path.parent).free
     if free < writer.num_bytes:
         raise OSError(errno.ENOSPC, f"the table needs {writer.num_bytes} bytes, {free} are free", str(path))
-    done = 0
     with writer:
         for rows in table_chunks(model, dtype, plan.chunk_ids):
             writer.write("rows", nn.functional.pad(rows.flatten(1), (0, padded - row)))
-            done += len(rows)
             if progress is not None:
-                progress(done, config.vocab_size)
+                progress(len(rows))
     return metadata
 
 
@@ -200,18 +198,20 @@ def export_lookup(
     model: Any,
     folder: Path,
     *,
+    tokenizer: Any = None,
     dtype: TableDtype = "bfloat16",
     memory_limit_bytes: int = 2**30,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Write the lookup form of a model as a folder that `AutoModelForCausalLM` loads; returns the table's metadata.
 
     Args:
         model: training form.
         folder: new folder for `config.json`, `model.safetensors` and the table.
+        tokenizer: saved beside them when given.
         dtype: element type of the table; the other weights keep theirs.
         memory_limit_bytes: bound on the working memory, the model aside.
-        progress: called with ids done and ids in all after each chunk.
+        progress: called with the number of ids just written after each chunk.
 
     Raises:
         ValueError: see `write_table`; or the folder exists.
@@ -232,6 +232,8 @@ def export_lookup(
         lookup.load_state_dict(kept, strict=True, assign=True)
         lookup.generation_config = model.generation_config
         lookup.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
     return metadata
 
 
