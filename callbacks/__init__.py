@@ -1,0 +1,15 @@
+"""What acts on a trainer; public names are imported when first used."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    submod_attrs={
+        "checkpoint": ["RunCheckpoint"],
+        "checkpoint_io": ["AtomicCheckpointIO"],
+        "generation_preview": ["GenerationPreview"],
+        "graceful_interrupt": ["GracefulInterrupt"],
+        "plain_progress": ["PlainProgress"],
+        "throughput": ["TokenThroughput"],
+    },
+)
