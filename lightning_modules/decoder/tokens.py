@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...kernels.weighted_gather import Segments, sort_segments
+
 
 class DistinctTokens(NamedTuple):
     """The distinct token ids of a micro-batch.
@@ -44,6 +46,11 @@ class TokenContext:
         self.losses: dict[str, list[Tensor]] = defaultdict(list)
         # values that one layer computes and later layers use again, by name
         self.shared: dict[str, Any] = {}
+
+    @cached_property
+    def segments(self) -> Segments:
+        """Tokens sorted by distinct id, for backward passes that sum over equal ids."""
+        return sort_segments(self.distinct.inverse, len(self.distinct.ids))
 
     @cached_property
     def distinct(self) -> DistinctTokens:

@@ -94,7 +94,11 @@ class MoLEFeedForward(nn.Module):
 
 def combine(values: Tensor, gates: Tensor, tokens: TokenContext) -> Tensor:
     """`out[t] = sum_j gates[t, j] * values[inverse[t], j]`: values (U, N, d), gates (B, T, N), out (B*T, d)."""
-    return weighted_gather_groups(values, tokens.distinct.inverse, gates.reshape(-1, gates.shape[-1]))
+    # one sort serves the backward passes of all layers
+    segments = tokens.segments if torch.is_grad_enabled() and values.requires_grad else None
+    return weighted_gather_groups(
+        values, tokens.distinct.inverse, gates.reshape(-1, gates.shape[-1]), segments=segments
+    )
 
 
 class MoLEForCausalLM(DecoderForCausalLM):
