@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "generation_preview": ["GenerationPreview"],
         "graceful_interrupt": ["GracefulInterrupt"],
         "plain_progress": ["PlainProgress"],
+        "step_seed": ["StepSeed"],
         "throughput": ["TokenThroughput"],
     },
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
@@ -65,5 +66,7 @@ class PlainProgress(Callback):
 
 
 def _total_steps(trainer: pl.Trainer) -> int | None:
+    if trainer.state.fn != TrainerFn.FITTING:
+        return None
     total = trainer.estimated_stepping_batches
     return None if math.isinf(total) else int(total)

@@ -80,7 +80,12 @@ def _help() -> str:
     return "\n".join(lines)
 
 
-def _is_our_complaint(error: BaseException) -> bool:
+def _usage_error() -> int:
+    print(f"{_help()}\n\ntenfold: error: no command given", file=sys.stderr)
+    return WRONG_INPUT
+
+
+def is_our_complaint(error: BaseException) -> bool:
     """Whether our own code raised this on purpose: the innermost frame tells."""
     if not isinstance(error, (ValueError, OSError)):
         return False
@@ -114,7 +119,9 @@ def run_command(prog: str, function: Callable[[list[str]], int | None], argv: li
         0 on success, 2 for wrong input, 1 for a failure, 130 when interrupted, or the command's own status.
     """
     try:
-        return function(argv) or OK
+        status = function(argv) or OK
+        sys.stdout.flush()
+        return status
     except SystemExit as stop:
         return _exit_status(stop)
     except KeyboardInterrupt:
@@ -125,7 +132,7 @@ def run_command(prog: str, function: Callable[[list[str]], int | None], argv: li
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     except Exception as error:
-        ours = _is_our_complaint(error)
+        ours = is_our_complaint(error)
         if not ours or os.environ.get("TENFOLD_TRACEBACK", "0") not in ("", "0"):
             print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         if ours:
@@ -144,8 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_help())
-        return OK if argv else WRONG_INPUT
+        return run_command("tenfold", lambda _: print(_help()), []) if argv else _usage_error()
     name, rest = argv[0], argv[1:]
     if name in ("-V", "--version"):
         print(f"tenfold {importlib.metadata.version('tenfold')}")

@@ -2,10 +2,10 @@
 
 import logging
 import os
-import pickle
 import sys
 import uuid
 import warnings
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +22,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from typing_extensions import override
 
 from .. import callbacks, datamodules, lightning_modules
-from ..callbacks import AtomicCheckpointIO, GracefulInterrupt, PlainProgress, RunCheckpoint
+from ..callbacks import AtomicCheckpointIO, GracefulInterrupt, PlainProgress, RunCheckpoint, StepSeed
+from .cli import is_our_complaint
 from .parser_messages import condense
 from .run_folder import CHECKPOINTS, LAST, RunFolder, RunOptions, free_name, named
 
@@ -155,18 +156,16 @@ class TenfoldCLI(LightningCLI):
         last_file = Path(str(files[-1])) if files else None
         self.run_options = named(RunOptions(**section.run.as_dict()), last_file)
         section.run.experiment, section.run.name = self.run_options.experiment, self.run_options.name
-        self._choose_folder()
-        path = section.get("ckpt_path")
-        if not path or self.run_options.hyper_parameters == "config":
-            return
-        before = _flat_model(section)
-        try:
-            super()._parse_ckpt_path()
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(
-                f"{path} cannot be read as a checkpoint of plain data ({str(error).splitlines()[0]}); it may be cut"
-                " short, or hold objects: pass another file to --ckpt_path"
-            ) from error
+        folders = RunFolder(self.run_options)
+        checkpoint = self._find_checkpoint(folders)
+        if checkpoint is not None and self.run_options.hyper_parameters == "checkpoint":
+            self._take_hyper_parameters(checkpoint)
+        # last, so that wrong input leaves no folder behind
+        self._choose_folder(folders, checkpoint)
+
+    def _take_hyper_parameters(self, path: Path) -> None:
+        before = _flat_model(self._section)
+        super()._parse_ckpt_path()
         after = _flat_model(self._section)
         for key in sorted(before.keys() | after.keys()):
             if before.get(key) != after.get(key):
@@ -175,8 +174,9 @@ class TenfoldCLI(LightningCLI):
                     " (--run.hyper_parameters=config keeps the configured ones)"
                 )
 
-    def _choose_folder(self) -> None:
-        section, folders = self._section, RunFolder(self.run_options)
+    def _find_checkpoint(self, folders: RunFolder) -> Path | None:
+        """The local checkpoint that `--ckpt_path` means, checked; also puts it there."""
+        section = self._section
         asked = section.get("ckpt_path")
         checkpoint = None
         if asked in ("last", "auto", "best"):
@@ -193,7 +193,12 @@ class TenfoldCLI(LightningCLI):
             checkpoint = Path(asked)
             if not checkpoint.exists():
                 raise FileNotFoundError(f"--ckpt_path {asked} does not exist; name a checkpoint file, or `last`")
-        trains = self.config.get("subcommand") == "fit" and not section.trainer.fast_dev_run
+        if checkpoint is not None and checkpoint.is_file():
+            _open_checkpoint(checkpoint)
+        return checkpoint
+
+    def _choose_folder(self, folders: RunFolder, checkpoint: Path | None) -> None:
+        trains = self.config.get("subcommand") == "fit" and not self._section.trainer.fast_dev_run
         existing = folders.existing()
         of_checkpoint = folders.of_checkpoint(checkpoint) if checkpoint else None
         if of_checkpoint is not None:
@@ -221,6 +226,8 @@ class TenfoldCLI(LightningCLI):
                 callback.dirpath = str(self.run_folder.absolute() / CHECKPOINTS)
         self.interrupt = GracefulInterrupt()
         callbacks.append(self.interrupt)
+        if self._section.seed_everything is not False and not any(isinstance(c, StepSeed) for c in given):
+            callbacks.append(StepSeed())
         if config.get("logger") in (None, True):
             config["logger"] = self._loggers()
         if config.get("default_root_dir") is None:
@@ -262,16 +269,34 @@ class TenfoldCLI(LightningCLI):
         return loggers
 
     @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # what one of our constructors said is buried in the parser's message about all the types it tried
+            for cause in _chain(error):
+                if is_our_complaint(cause) and cause is not error:
+                    raise ValueError(str(cause)) from error
+            raise
+
+    @override
     def _run_subcommand(self, subcommand: str) -> None:
+        exit_code = 1
         try:
             super()._run_subcommand(subcommand)
+            exit_code = 0
         except MisconfigurationException as error:
             raise ValueError(str(error)) from error
         except SIGTERMException:
             interrupted = self.interrupt.interrupted
             how = "interrupted" if interrupted else "terminated"
             rank_zero_info(f"tenfold {subcommand}: {how}; `--ckpt_path last` continues the run")
-            sys.exit(INTERRUPTED if interrupted else TERMINATED)
+            exit_code = INTERRUPTED if interrupted else TERMINATED
+            sys.exit(exit_code)
+        finally:
+            # else a second run of this process would go on in the first one's
+            if self.run_options.wandb != "off" and "wandb" in sys.modules:
+                sys.modules["wandb"].finish(exit_code=exit_code)
 
     def after_fit(self) -> None:
         """Says where the run is."""
@@ -299,8 +324,22 @@ def _flat_model(section: Any) -> dict[str, Any]:
     return flat
 
 
+def _open_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises nearly anything for a file that is not its own
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+        raise ValueError(
+            f"--ckpt_path {path} cannot be read as a checkpoint of plain data ({reason}); it may be cut short, or hold"
+            " objects: name another file"
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"--ckpt_path {path} is no checkpoint of Lightning: it has no `state_dict`; name another file")
+    return checkpoint
+
+
 def _best_of(last: Path) -> Path:
-    states = torch.load(last, map_location="cpu", weights_only=True, mmap=True).get("callbacks", {})
+    states = _open_checkpoint(last).get("callbacks", {})
     names = [v.get("best_model_path") for k, v in states.items() if k.startswith(RunCheckpoint.__name__)]
     # by its name, as the run's folder may have moved
     paths = [last.with_name(Path(name).name) for name in names if name]
@@ -315,6 +354,14 @@ def _write_atomically(trainer: Trainer) -> None:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     except NotImplementedError:
         rank_zero_info(f"{type(trainer.strategy).__name__} writes its checkpoints itself")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _is_first_process() -> bool:
