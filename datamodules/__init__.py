@@ -1,0 +1,12 @@
+"""What is fed: named assets, and text for language models. Public names are imported when first used."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "assets": ["cache_dir", "find_asset", "get_asset", "resolve"],
+        "documents": ["split_of"],
+        "text": ["TextDataModule"],
+    },
+)

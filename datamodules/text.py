@@ -1,0 +1,291 @@
+"""`TextDataModule`: text from anywhere to packed sequences of token ids, split by document, resumable."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.utils.data import DataLoader
+
+from .assets import cache_dir, resolve
+from .documents import (
+    SPLITS,
+    Document,
+    Split,
+    check_fractions,
+    files_digest,
+    hub_documents,
+    read_documents,
+    split_of,
+    text_files,
+)
+from .packing import PackedSequences, ResumableDataLoader, ResumableSampler
+from .token_store import TokenSplit, open_store, write_store
+
+# raised when tokenising or splitting changes, so that old stores are made again
+_FORMAT = 1
+
+
+class TextDataModule(LightningDataModule):
+    """Packed sequences for next-token training.
+
+    Text is tokenised once into a memory-mapped store, keyed by the digests of data and tokenizer. An end-of-text token
+    follows each document; sequences run across documents. Batches: `input_ids` and `labels` (B, T) int64 (the model
+    shifts; -100 at padding), `num_bytes` (B,) UTF-8 bytes of the predicted tokens.
+
+    Training order depends on seed and epoch alone. A checkpoint inside an epoch continues with the next batch.
+
+    Args:
+        data: a text, Markdown, JSONL or Parquet file, a folder of them, `asset:NAME`, or a hub data set.
+        tokenizer: a tokenizer folder, `asset:NAME`, a hub id, or `bpe:4096` to train a byte-level BPE with that many
+            entries on the training split.
+        sequence_length: tokens per sequence, T.
+        batch_size: sequences per batch and process, B.
+        eval_batch_size: the same for validation and test; `batch_size` by default.
+        val_fraction: share of documents for validation (0 to 1).
+        test_fraction: share of documents for testing (0 to 1).
+        split_seed: another seed holds out other documents.
+        seed: of the training order.
+        num_workers: loader processes.
+        text_field: field or column that holds the text.
+        hub_config: configuration of a hub data set.
+        hub_split: split of a hub data set that is read.
+        hub_revision: revision of a hub data set.
+        cache: folder for tokenizers and token stores; Tenfold's cache by default.
+
+    Raises:
+        ValueError: no text, binary text, a corpus shorter than one sequence, an empty held-out split, an unfit
+            tokenizer; each when the data are prepared.
+        FileNotFoundError: no such path.
+    """
+
+    def __init__(
+        self,
+        data: str = "asset:wikipedia-summaries",
+        *,
+        tokenizer: str,
+        sequence_length: int = 1024,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        val_fraction: float = 0.02,
+        test_fraction: float = 0.02,
+        split_seed: int = 0,
+        seed: int = 0,
+        num_workers: int = 0,
+        text_field: str = "text",
+        hub_config: str | None = None,
+        hub_split: str = "train",
+        hub_revision: str | None = None,
+        cache: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_fractions(val_fraction, test_fraction)
+        if sequence_length < 2:
+            raise ValueError(f"sequence_length {sequence_length} predicts nothing; use 2 or more")
+        if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
+            raise ValueError(f"batch_size {batch_size} and eval_batch_size {eval_batch_size} must be at least 1")
+        self.data, self.tokenizer_source = data, tokenizer
+        self.sequence_length, self.batch_size = sequence_length, batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.fractions = {"val_fraction": val_fraction, "test_fraction": test_fraction, "split_seed": split_seed}
+        self.seed, self.num_workers, self.text_field = seed, num_workers, text_field
+        self.hub: dict[str, Any] = {"config": hub_config, "split": hub_split, "revision": hub_revision}
+        self.cache = cache
+        self.tokenizer: Any = None
+        self.tokenizer_folder: str | None = None
+        self.digest: str | None = None
+        self._splits: dict[str, TokenSplit] = {}
+        self._files: list[Path] | None = None
+        self._hub: Any = None
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Entries of the tokenizer, added ones included; None before the data are prepared."""
+        return None if self.tokenizer is None else len(self.tokenizer)
+
+    def documents(self, split: Split | None = None) -> Iterator[Document]:
+        """Documents with `title` and `text`, of one split or all, in the order of the source."""
+        for document in self._all_documents():
+            if split is None or split_of(document["text"], **self.fractions) == split:  # type: ignore[arg-type]
+                yield document
+
+    def _all_documents(self) -> Iterator[Document]:
+        self._locate()
+        if self._files is not None:
+            yield from read_documents(self._files, self.text_field)
+            return
+        for row in self._hub:
+            if (text := row[self.text_field] or "").strip():
+                yield {"title": str(row.get("title") or ""), "text": text}
+
+    def _locate(self) -> None:
+        if self._files is not None or self._hub is not None:
+            return
+        path = Path(resolve(self.data)).expanduser()
+        looks_like_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.data) and not path.name.endswith(
+            (".txt", ".md", ".jsonl", ".gz", ".parquet", ".json", ".csv")
+        )
+        if path.exists() or not looks_like_hub:
+            self._files = text_files(path)
+        else:
+            self._hub = hub_documents(self.data, text_field=self.text_field, **self.hub)
+
+    def _data_digest(self) -> str:
+        self._locate()
+        if self._files is None:
+            return hashlib.sha256(str(self._hub._fingerprint).encode()).hexdigest()
+        return files_digest(self._files)
+
+    def prepare_data(self) -> None:
+        """Train the tokenizer and fill the store where they are missing. One process does it, the others wait."""
+        self.tokenizer_folder = self._prepare_tokenizer()
+        self.tokenizer = _load_tokenizer(self.tokenizer_folder)
+        path = self._store_path()
+        with _locked(path):
+            try:
+                splits = open_store(path)
+            except FileNotFoundError:
+                splits = None
+            except ValueError as error:
+                rank_zero_info(f"{error}; tokenising again")
+                splits = None
+            if splits is None:
+                rank_zero_info(f"tokenising {self.data} into {path}")
+                texts = {str(name): (document["text"] for document in self.documents(name)) for name in SPLITS}
+                write_store(path, texts, self.tokenizer, {"data": self.data, "tokenizer": self.tokenizer_source})
+                splits = open_store(path)
+        self._check(splits)
+
+    def setup(self, stage: str) -> None:
+        """Open the store."""
+        if self._splits:
+            return
+        if self.tokenizer is None:
+            self.tokenizer_folder = self._prepare_tokenizer()
+            self.tokenizer = _load_tokenizer(self.tokenizer_folder)
+        self._splits = open_store(self._store_path())
+        self._check(self._splits)
+
+    def _cache_folder(self, kind: str) -> Path:
+        return (Path(self.cache) if self.cache else cache_dir()) / kind
+
+    def _prepare_tokenizer(self) -> str:
+        match = re.fullmatch(r"bpe:(\d+)", self.tokenizer_source)
+        if match is None:
+            if self.tokenizer_source.startswith("bpe"):
+                raise ValueError(f"tokenizer {self.tokenizer_source!r}: write bpe:ENTRIES, as in bpe:4096")
+            return resolve(self.tokenizer_source)
+        key = _key(self._data_digest(), self.text_field, self.fractions, self.tokenizer_source, _FORMAT)
+        folder = self._cache_folder("tokenizers") / key
+        with _locked(folder):
+            if not (folder / "tokenizer.json").exists():
+                from .bpe import train_bpe
+
+                self._check_not_empty()
+                rank_zero_info(f"training a byte-level BPE of {match[1]} entries into {folder}")
+                train_bpe((document["text"] for document in self.documents("train")), int(match[1]), folder)
+        return str(folder)
+
+    def _check_not_empty(self) -> None:
+        if next(self.documents("train"), None) is None:
+            raise ValueError(
+                f"{self.data} has no document with text to train on; every file or row is blank or held out"
+            )
+
+    def _store_path(self) -> Path:
+        vocabulary = json.dumps(self.tokenizer.backend_tokenizer.to_str())
+        tokenizer = hashlib.sha256(f"{vocabulary}{self.tokenizer.eos_token_id}".encode()).hexdigest()
+        self.digest = _key(self._data_digest(), self.text_field, self.fractions, tokenizer, _FORMAT)
+        return self._cache_folder("tokens") / f"{self.digest}.tenfold"
+
+    def _check(self, splits: dict[str, TokenSplit]) -> None:
+        if splits["train"].num_documents == 0:
+            self._check_not_empty()
+        available = len(splits["train"].tokens)
+        if available < self.sequence_length:
+            raise ValueError(
+                f"the training split of {self.data} has {available} tokens, one sequence needs {self.sequence_length}; "
+                f"lower sequence_length or add text"
+            )
+        for name in ("val", "test"):
+            fraction = self.fractions[f"{name}_fraction"]
+            if fraction > 0 and splits[name].num_documents == 0:
+                raise ValueError(
+                    f"no document of {self.data} falls into the {name} split with {name}_fraction {fraction}; "
+                    f"raise it, split the text into more documents, or set it to 0"
+                )
+
+    def _loader(self, name: Split) -> DataLoader[Any] | list[Any]:
+        train = name == "train"
+        if not train and self.fractions[f"{name}_fraction"] == 0:
+            return []
+        pad_id = self.tokenizer.pad_token_id
+        dataset = PackedSequences(
+            self._splits[name],
+            self.sequence_length,
+            keep_partial=not train,
+            pad_id=self.tokenizer.eos_token_id if pad_id is None else pad_id,
+        )
+        trainer = self.trainer
+        sampler = ResumableSampler(
+            dataset,
+            num_processes=trainer.world_size if trainer is not None else 1,
+            process=trainer.global_rank if trainer is not None else 0,
+            shuffle=train,
+            seed=self.seed,
+        )
+        kind: Any = ResumableDataLoader if train else DataLoader
+        return kind(
+            dataset,
+            batch_size=self.batch_size if train else self.eval_batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            drop_last=train and len(sampler) >= self.batch_size,
+            pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def train_dataloader(self) -> Any:
+        """Shuffled sequences; state is saved in checkpoints."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> Any:
+        """Validation sequences in order."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> Any:
+        """Test sequences in order."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> Any:
+        """The same as for testing."""
+        return self._loader("test")
+
+
+def _load_tokenizer(folder: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"no tokenizer can be loaded from {folder}: {reason}") from error
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Other processes that want the same file wait for this one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(os.fspath(path.with_name(f"{path.name}.lock"))):
+        yield
