@@ -134,7 +134,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             project=arguments.wandb, offline=arguments.wandb_offline, log_samples=arguments.log_samples
         )
     data_dirs = _paths(arguments.data_dir)
-    shipped_data = _write_wikipedia() if _needs_wikipedia(tasks, data_dirs) else None
+    shipped_data = _write_wikipedia(arguments.model) if _needs_wikipedia(tasks, data_dirs) else None
     results = evaluate_model(
         _resolve(arguments.model),
         tasks=tasks,
@@ -186,11 +186,13 @@ def _needs_wikipedia(tasks: list[str], data_dirs: list[Path]) -> bool:
     return any(not any((folder / name).is_dir() for folder in data_dirs) for name in asked)
 
 
-def _write_wikipedia() -> Path:
+def _write_wikipedia(model: str) -> Path:
     from ...datamodules import TextDataModule
     from ...datamodules.assets import cache_dir
     from ...inference.evals import build_wikipedia_tasks
 
     folder = cache_dir() / "tasks" / _WIKIPEDIA_ASSET.removeprefix("asset:")
-    build_wikipedia_tasks(TextDataModule(data=_WIKIPEDIA_ASSET).documents("test"), folder)
+    # which documents are held out does not depend on the tokenizer
+    documents = TextDataModule(data=_WIKIPEDIA_ASSET, tokenizer=model).documents("test")
+    build_wikipedia_tasks(documents, folder)
     return folder

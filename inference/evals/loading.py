@@ -56,6 +56,10 @@ def load_model(
         ValueError: The folder is not a model that can be loaded whole, or needs code of its own.
     """
     name, local = _locate(source)
+    if local and not Path(name, "config.json").is_file():
+        raise ValueError(
+            f"{name} is not a model folder: it has no config.json (`tenfold export` makes one from a checkpoint)"
+        )
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     try:
         config = transformers.AutoConfig.from_pretrained(name, **options)
@@ -127,10 +131,6 @@ def _locate(source: str | os.PathLike[str]) -> tuple[str, bool]:
     name = os.fspath(source)
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(
-                f"{path} is not a model folder: it has no config.json (`tenfold export` makes one from a checkpoint)"
-            )
         return str(path), True
     if path.exists():
         raise ValueError(f"{path} is a file, not a model folder (`tenfold export` makes one from a checkpoint)")
@@ -142,7 +142,8 @@ def _locate(source: str | os.PathLike[str]) -> tuple[str, bool]:
 
 def _load_error(name: str, local: bool, error: Exception) -> Exception:
     text = _one_line(error)
-    if "trust_remote_code" in text:
+    # transformers asks for permission in an exception without a type of its own
+    if "trust_remote_code" in str(error):
         return ValueError(f"{name} needs Python code from its own files, which is never run: use a supported type")
     if local:
         return ValueError(f"{name} is not a model that transformers can load: {text}")
