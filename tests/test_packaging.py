@@ -178,6 +178,7 @@ metadata.Distribution.from_name = staticmethod(hidden_from_name)
 NEEDS = {
     "tenfold.inference.evals.harness": "lm_eval",
     "tenfold.inference.evals.model_lm": "lm_eval",
+    "tenfold.inference.specache.lm": "lm_eval",
 }
 
 

@@ -1,0 +1,17 @@
+"""SpeCache (arXiv 2503.16163): keys and values in host memory, a low-bit copy and a few exact rows on the device."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "accounting": ["CacheShape"],
+        "cache": ["SpeCache"],
+        "generation": ["decode_logits", "generate_with_specache", "specache_generate"],
+        "lm": ["SpeCacheLM"],
+        "options": ["SpeCacheOptions"],
+        "registry": ["CACHES", "CacheChoice", "CacheOption", "build_cache"],
+        "session": ["SpeCacheSession"],
+        "statistics": ["SpeCacheStatistics"],
+    },
+)
