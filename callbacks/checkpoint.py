@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
@@ -25,7 +24,6 @@ class RunCheckpoint(ModelCheckpoint):
         monitor: logged metric that ranks the checkpoints, such as `val/loss`; the newest are kept when None.
         mode: whether a small (`min`) or a large (`max`) value of `monitor` is better.
         save_top_k: how many checkpoints to keep besides `last.ckpt`; -1 keeps all, 0 none.
-        save_last: whether `last.ckpt` is a file (True) or, on a local disk, a link to the newest checkpoint.
         save_weights_only: leaves out the optimiser's and the loops' state; training cannot be continued from it.
         every_n_train_steps: optimiser steps between checkpoints.
         every_n_epochs: epochs between checkpoints; 1 when no interval is given.
@@ -42,7 +40,6 @@ class RunCheckpoint(ModelCheckpoint):
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
         save_top_k: int = 1,
-        save_last: Literal[True, "link"] = True,
         save_weights_only: bool = False,
         every_n_train_steps: int | None = None,
         every_n_epochs: int | None = None,
@@ -56,7 +53,7 @@ class RunCheckpoint(ModelCheckpoint):
             monitor=monitor,
             mode=mode,
             save_top_k=save_top_k,
-            save_last=save_last,
+            save_last=True,
             save_on_exception=True,
             save_weights_only=save_weights_only,
             auto_insert_metric_name=False,
@@ -69,6 +66,7 @@ class RunCheckpoint(ModelCheckpoint):
             verbose=verbose,
         )
         self._updating = False
+        self._at_epoch_end = False
         self._last_step_in_last = 0
 
     @override
@@ -93,12 +91,30 @@ class RunCheckpoint(ModelCheckpoint):
             self._bring_last_up_to_date(trainer)
 
     @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._at_epoch_end = True
+        try:
+            super().on_train_epoch_end(trainer, pl_module)
+        finally:
+            self._at_epoch_end = False
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # a run that is continued from the end of an epoch with validation goes through the end of its last batch once
+        # more, which would count the batch twice and shift the logged steps by one
+        whole = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if self._at_epoch_end and whole and trainer.enable_validation and "loops" in checkpoint:
+            checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._bring_last_up_to_date(trainer)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or self._updating:
+        if trainer.sanity_checking or self._updating:
             return
         # saving is a collective operation: where one process of many raises, the others would wait for ever
         if trainer.world_size > 1 and not isinstance(exception, SIGTERMException):

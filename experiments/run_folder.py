@@ -99,7 +99,7 @@ class RunFolder:
             create: make it now, so that nobody else takes it. Only the first process of a run does.
         """
         # processes that Lightning starts for a run on several devices take their parent's folder
-        if "LOCAL_RANK" in os.environ and _CHILD_VARIABLE in os.environ:
+        if os.environ.get("LOCAL_RANK", "0") != "0" and _CHILD_VARIABLE in os.environ:
             return Path(os.environ[_CHILD_VARIABLE])
         number = 1
         while True:

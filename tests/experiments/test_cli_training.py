@@ -32,7 +32,7 @@ def place(tmp_path, monkeypatch):
     """A working folder with `toy.yaml`, in which the toy classes can be imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(TOYS))
-    monkeypatch.setenv("PYTHONPATH", str(TOYS))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(TOYS), os.environ.get("PYTHONPATH")))))
     monkeypatch.delenv("TENFOLD_RUN_FOLDER", raising=False)
     (tmp_path / "exp").mkdir()
     (tmp_path / "exp" / "toy.yaml").write_text(yaml.safe_dump(BASE))
@@ -78,6 +78,7 @@ def test_a_run_leaves_its_configuration_metrics_and_last_checkpoint(place, capsy
     assert saved["model"]["class_path"] == "toy_run.ToyModule"
     assert saved["run"]["name"] == "toy"
     assert saved["seed_everything"] == 0
+    assert saved["weights_only"] is True
 
 
 def test_the_saved_configuration_repeats_the_run(place):
@@ -96,6 +97,7 @@ def test_the_saved_configuration_repeats_the_run(place):
         ("validation-never-ran", ["--trainer.limit_val_batches=0", "--checkpoint.every_n_train_steps=7"]),
         ("no-validation-data", ["--data.init_args.validate=false", "--trainer.val_check_interval=5"]),
         ("monitor-never-logged", ["--trainer.val_check_interval=1.0", "--checkpoint.monitor=val/other"]),
+        ("by-epochs", ["--trainer.max_steps=-1", "--trainer.max_epochs=2", "--checkpoint.every_n_train_steps=7"]),
         ("nothing-else-kept", ["--checkpoint.save_top_k=0", "--checkpoint.every_n_train_steps=7"]),
         ("accumulated", ["--trainer.accumulate_grad_batches=2", "--trainer.max_steps=15"]),
     ],
@@ -104,8 +106,7 @@ def test_last_checkpoint_is_there_and_current_however_training_ended(place, name
     if name == "monitor-never-logged":
         flags = [*flags, "--trainer.limit_val_batches=0"]
     assert fit(f"--run.name={name}", *flags) == 0
-    expected = 15 if name == "accumulated" else 30
-    assert last(name)["global_step"] == expected
+    assert last(name)["global_step"] == {"accumulated": 15, "by-epochs": 24}.get(name, 30)
     names = {path.name for path in Path("runs/exp", name, "checkpoints").iterdir()}
     assert all(re.fullmatch(r"last\.ckpt|step\d+\.ckpt", name) for name in names), names
 
@@ -121,11 +122,26 @@ def test_the_best_by_a_metric_are_kept_under_plain_names(place, monitor):
     assert fit("--ckpt_path=best", command="test") == 0
 
 
-def test_a_continued_run_equals_an_uninterrupted_one(place):
-    assert fit("--run.name=whole", "--trainer.max_steps=40") == 0
-    # 17 lies in the middle of the second epoch of 12 batches
-    assert fit("--run.name=parts", "--trainer.max_steps=17") == 0
-    assert fit("--run.name=parts", "--trainer.max_steps=40", "--ckpt_path=last") == 0
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--checkpoint.every_n_train_steps=5"],
+        ["--checkpoint.every_n_train_steps=1000"],
+        ["--checkpoint.monitor=val/loss"],
+        ["--trainer.limit_val_batches=0"],
+        ["--trainer.limit_val_batches=0", "--checkpoint.every_n_train_steps=6"],
+        ["--trainer.val_check_interval=6"],
+        ["--trainer.check_val_every_n_epoch=2"],
+    ],
+    ids=lambda flags: "+".join(flag.partition(".")[2] for flag in flags) or "default",
+)
+@pytest.mark.parametrize("steps", [12, 17])
+def test_a_continued_run_equals_an_uninterrupted_one(place, flags, steps):
+    assert fit("--run.name=whole", "--trainer.max_steps=40", *flags) == 0
+    # an epoch has 12 batches, so 17 lies in the middle of the second one
+    assert fit("--run.name=parts", f"--trainer.max_steps={steps}", *flags) == 0
+    assert fit("--run.name=parts", "--trainer.max_steps=40", "--ckpt_path=last", *flags) == 0
     assert_same_end("whole", "parts")
     assert curve("whole") == curve("parts")
     assert not Path("runs/exp/parts-2").exists()
@@ -315,6 +331,18 @@ def test_scoring_a_checkpoint(place, capsys):
     assert fit("--ckpt_path=runs/exp/toy/checkpoints/last.ckpt", command="test") == 0
     assert "test/loss" in capsys.readouterr().out
     assert [path.name for path in Path("runs/exp").iterdir()] == ["toy"]
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_folder(place):
+    flags = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=10"]
+    for _ in range(2):
+        done = subprocess.run([TENFOLD, "fit", "-c", "exp/toy.yaml", *flags], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("last checkpoint:") == 1
+    assert sorted(path.name for path in Path("runs/exp").iterdir()) == ["toy", "toy-2"]
+    assert_same_end("toy", "toy-2")
+    assert len(list(Path("runs/exp/toy/logs").iterdir())) == 1
 
 
 def test_checkpoints_can_be_turned_off(place):

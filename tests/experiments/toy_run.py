@@ -37,12 +37,12 @@ class ResumableLoader(DataLoader):
     position = 0
 
     def __iter__(self):
+        # lightning never asks for more than the last batch, so the end of an epoch shows here
+        start = self.position % len(self)
         for number, batch in enumerate(super().__iter__()):
-            if number < self.position:
-                continue
-            self.position = number + 1
-            yield batch
-        self.position = 0
+            if number >= start:
+                self.position = number + 1
+                yield batch
 
     def state_dict(self):
         return {"position": self.position % len(self)}
