@@ -195,10 +195,24 @@ class LayerAttention:
         plan, store = self.plan, self.store
         built = []
         for part, packed, residual, own, lengths, num_packed, residual_places in (
-            (0, store.keys, store.residual_keys, self.key, plan.key_lengths, plan.num_packed_keys,
-             plan.residual_key_places),
-            (1, store.values, store.residual_values, self.value, plan.value_lengths, plan.num_packed_values,
-             plan.residual_value_places),
+            (
+                0,
+                store.keys,
+                store.residual_keys,
+                self.key,
+                plan.key_lengths,
+                plan.num_packed_keys,
+                plan.residual_key_places,
+            ),
+            (
+                1,
+                store.values,
+                store.residual_values,
+                self.value,
+                plan.value_lengths,
+                plan.num_packed_values,
+                plan.residual_value_places,
+            ),
         ):
             rows = own.new_zeros(self.batch, self.num_heads, plan.width + 1, self.head_dim)
             rows[:, :, :num_packed] = unpack(packed.first(num_packed))
@@ -227,7 +241,10 @@ class LayerAttention:
             weights = self.dense_weights(keys)
             total = weights @ values.to(weights.dtype)
             return total.reshape(self.batch, -1, self.num_queries, self.head_dim).to(self.query.dtype)
-        out, _ = sdpa_attention_forward(module, self.query, keys, values, self.plan.allowed, scaling=self.factor)
+        # a mask that hides nothing is left out, as the models do: it would choose another kernel
+        hides = self.num_queries > 1 or len(set(self.plan.lengths)) > 1
+        mask = self.plan.allowed if hides else None
+        out, _ = sdpa_attention_forward(module, self.query, keys, values, mask, scaling=self.factor)
         return out.transpose(1, 2)
 
 

@@ -202,9 +202,7 @@ class SpeCache(Cache):
         if not self._lengths:
             assert padding is not None, "the first pass tells the padding"
             self._lengths, self._padding = [0] * len(padding), padding
-        self._plan = Plan(
-            phase, tuple(self._lengths), num_queries, self.options.residual_length, self._padding, device
-        )
+        self._plan = Plan(phase, tuple(self._lengths), num_queries, self.options.residual_length, self._padding, device)
         try:
             yield self._plan
         finally:
@@ -302,9 +300,7 @@ class SpeCacheLayer(CacheLayerMixin):
                 self.store.grow(capacity)
         self._capacity = capacity
 
-    def prefill(
-        self, keys: torch.Tensor, values: torch.Tensor, plan: Plan
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def prefill(self, keys: torch.Tensor, values: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
         """Store a part of the prompt; return all keys and values so far, exact, for this layer's attention only."""
         prefetcher = self.cache._prefetcher
         assert prefetcher is not None and self.host is not None, "reserve comes before the prefill"
@@ -366,7 +362,9 @@ class SpeCacheLayer(CacheLayerMixin):
         prefetcher.wait(self.index, store.fetched.device)
         if options.mode == "exact_fetch" and store.indices.shape[2]:
             # chosen by this token itself among what it sees in low bits; the thread then waits for the rows
-            weights = layer.dense_weights(layer.dense(use_fetched=False)[0]) if dense else layer.weights(use_fetched=False)
+            weights = (
+                layer.dense_weights(layer.dense(use_fetched=False)[0]) if dense else layer.weights(use_fetched=False)
+            )
             store.indices.copy_(layer.choose(weights, 0, before_commit=True))
             prefetcher.advance(self.index, self.host, store, token=None, slots=[], fetch=True)
             prefetcher.wait(self.index, store.fetched.device)

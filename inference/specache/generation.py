@@ -47,9 +47,7 @@ def generate_with_specache(
         cache = SpeCache(model.config, **(specache or {}))
     loop = partial(specache_generate, streamer=streamer)
     try:
-        return model.generate(
-            inputs, past_key_values=cache, custom_generate=loop, streamer=streamer, **generate_kwargs
-        )
+        return model.generate(inputs, past_key_values=cache, custom_generate=loop, streamer=streamer, **generate_kwargs)
     finally:
         if own:
             cache.close()
@@ -88,9 +86,7 @@ def specache_generate(
     """
     cache = model_kwargs.pop("past_key_values", None)
     if not isinstance(cache, SpeCache):
-        raise ValueError(
-            f"specache_generate needs past_key_values=SpeCache(model.config), got {type(cache).__name__}"
-        )
+        raise ValueError(f"specache_generate needs past_key_values=SpeCache(model.config), got {type(cache).__name__}")
     _check_generation(generation_config)
     for name in ("use_cache", "output_attentions", "output_hidden_states"):
         model_kwargs.pop(name, None)
@@ -182,9 +178,9 @@ def decode_logits(
         model: A decoder.
         input_ids: (B, T) prompt, padded on the left.
         continuation: (B, C) tokens to score, C at least 1.
-        cache: The cache.
+        cache: The cache, empty.
         attention_mask: (B, T).
-        guesses: (B,) speculative tokens to use in place of the model's own, one for each after the prompt's.
+        guesses: (B,) speculative tokens to use in place of the model's own, first come first used.
 
     Returns:
         (B, C, V): position c predicts token c of the continuation.
@@ -196,21 +192,22 @@ def decode_logits(
         raise ValueError(
             f"continuation is {tuple(continuation.shape)}; it must be ({input_ids.shape[0]}, at least 1 token)"
         )
+    if cache.get_seq_length():
+        raise ValueError(f"the cache holds {cache.get_seq_length()} tokens already: use a new one")
     session = SpeCacheSession(model, cache)
-    given = iter(guesses) if guesses is not None else None
-    total = input_ids.shape[1] + cache.get_seq_length() + continuation.shape[1]
+    given = iter(guesses) if guesses is not None else iter(())
+    total = input_ids.shape[1] + continuation.shape[1]
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    # padding has no position of its own
+    positions = (mask.long().cumsum(1) - 1).clamp_min(0)
     logits = [
-        session.prefill(
-            input_ids,
-            capacity=total - 1,
-            attention_mask=attention_mask if attention_mask is not None else torch.ones_like(input_ids),
-            logits_to_keep=1,
-        )
+        session.prefill(input_ids, capacity=total - 1, attention_mask=mask, position_ids=positions, logits_to_keep=1)
     ]
     ids = input_ids
 
     def draw(_: torch.Tensor, scores: torch.Tensor, __: bool) -> torch.Tensor:
-        return scores.argmax(-1) if given is None else next(given)
+        guess = next(given, None)
+        return scores.argmax(-1) if guess is None else guess
 
     with session.decoding():
         for column in range(continuation.shape[1] - 1):

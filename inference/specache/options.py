@@ -63,7 +63,9 @@ class SpeCacheOptions:
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; it must be 0 or more")
         if self.group_size < 1:
-            raise ValueError(f"group_size is {self.group_size}; it must be at least 1, published settings are 32 and 64")
+            raise ValueError(
+                f"group_size is {self.group_size}; it must be at least 1, published settings are 32 and 64"
+            )
         if self.residual_length < self.group_size or self.residual_length % self.group_size:
             raise ValueError(
                 f"residual_length {self.residual_length} is not a positive multiple of group_size {self.group_size}: "

@@ -119,15 +119,18 @@ CACHES: dict[str, CacheChoice] = {
         "a low-bit copy and a residual, nothing on the host is read back",
         _without(
             _specache_options(residual_length=KIVI_RESIDUAL, mode="low_bit_only", rule="kivi"),
-            "mode", "top_k", "select_residual", "speculation", "speculation_seed", "measure",
+            "mode",
+            "top_k",
+            "select_residual",
+            "speculation",
+            "speculation_seed",
+            "measure",
         ),
         lambda config, **options: SpeCache(config, mode="low_bit_only", **options),
     ),
     "exact-fetch": CacheChoice(
         "as specache, but every token waits for the rows that its own query chose",
-        _without(
-            _specache_options(mode="exact_fetch"), "mode", "speculation", "speculation_seed", "measure"
-        ),
+        _without(_specache_options(mode="exact_fetch"), "mode", "speculation", "speculation_seed", "measure"),
         lambda config, **options: SpeCache(config, mode="exact_fetch", **options),
     ),
     "specache": CacheChoice(

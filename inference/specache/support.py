@@ -19,7 +19,9 @@ def check_config(config: PreTrainedConfig, options: SpeCacheOptions) -> None:
     config = config.get_text_config(decoder=True)
     for index, kind in enumerate(_layer_kinds(config)):
         if kind != "full_attention":
-            raise ValueError(f"layer {index} of this {name} model is {kind}: SpeCache needs full attention in all layers")
+            raise ValueError(
+                f"layer {index} of this {name} model is {kind}: SpeCache needs full attention in all layers"
+            )
     if getattr(config, "num_attention_heads", None) is None:
         raise ValueError(f"{name} has no attention heads: SpeCache needs full attention in all layers")
     if getattr(config, "kv_lora_rank", None):
