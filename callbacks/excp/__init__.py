@@ -1,0 +1,12 @@
+"""Checkpoints tens of times smaller (ExCP, arXiv 2406.11257); public names are imported when first used."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    submod_attrs={
+        "codec": ["EncodedSave", "Reference", "decode", "encode"],
+        "options": ["ExCPOptions"],
+        "report": ["ParameterReport", "SaveReport"],
+    },
+)

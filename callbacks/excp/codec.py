@@ -1,0 +1,527 @@
+"""ExCP (arXiv 2406.11257): a checkpoint dictionary to coded parts and back, each save against the one before.
+
+The residual is taken against the stored form of the previous save (closed loop), so errors do not add up along a chain.
+A key frame stores weights bit for bit and needs no other save. Everything that is not a weight or one of Adam's moments
+is exact: large tensors losslessly coded, the rest left as it is.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .adam import AdamRule
+from .entropy import require_backend
+from .exact import DTYPE_NAMES, DTYPES, decode_exact, tensor_bytes
+from .moments import (
+    SecondMomentCoder,
+    decode_first_moment,
+    decode_second_moment,
+    encode_first_moment,
+    exact_tensor,
+)
+from .options import ExCPOptions
+from .payload import PayloadWriter, read_part
+from .report import ParameterReport, SaveReport, StepSource
+from .tree import LOSSY_DTYPES, Parameter, Path, find_parameters, replace, state_dict_path, tensors_of
+from .weights import CodedTensor, as_float32, decode_weight, encode_weight, squared_norm
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass
+class Reference:
+    """What the next save is coded against; the same bits where a save was written and where it is read.
+
+    Attributes:
+        weights: stored form of every weight, by its name in the state dict. Not to be changed in place.
+        classes: coarse level of each element of the last residual, by name, uint8, shape (n,).
+        squared_errors: of stored against true weights, by name.
+        digest: names this state of the chain: SHA-256 of all weights' names, shapes, dtypes and checksums.
+    """
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    classes: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+    squared_errors: dict[str, float] = field(default_factory=dict)
+    digest: str = ""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+        weights = sum(weight.numel() * weight.element_size() for weight in self.weights.values())
+        return weights + sum(map(len, self.classes.values()))
+
+
+@dataclass
+class EncodedSave:
+    """A save as it is stored.
+
+    Attributes:
+        header: what the parts are, plain data for JSON.
+        payload: the parts.
+        rest: the checkpoint without the coded tensors (None in their places).
+        reference: for the next save; None on a save that was read from a file.
+    """
+
+    header: dict[str, Any]
+    payload: bytes
+    rest: Any
+    reference: Reference | None = None
+
+    @property
+    def report(self) -> SaveReport:
+        """Sizes and errors."""
+        return SaveReport.from_dict(self.header["report"])
+
+    @property
+    def key_frame(self) -> bool:
+        """Whether it can be decoded alone."""
+        return self.header["base_digest"] is None
+
+    @property
+    def base_digest(self) -> str | None:
+        """Digest of the reference that it is coded against; None for a key frame."""
+        return self.header["base_digest"]
+
+    @property
+    def digest(self) -> str:
+        """Digest of the reference that it leads to."""
+        return self.header["digest"]
+
+
+@dataclass
+class _Coded:
+    """A tensor on its way into the header."""
+
+    path: Path
+    tensor: Tensor
+    coded: CodedTensor
+    # what it needs decoded first: places in the same parameter's list
+    needs: dict[str, int] = field(default_factory=dict)
+
+
+def _map(function: Callable[[T], R], items: Iterable[T], workers: int) -> list[R]:
+    if workers <= 1:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(function, items))
+
+
+def _at(tree: Any, path: Path) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def _same_bits(first: Tensor, second: Tensor) -> bool:
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    return bool(np.array_equal(tensor_bytes(first), tensor_bytes(second)))
+
+
+def _lossy(tensor: Tensor, options: ExCPOptions) -> bool:
+    return tensor.dtype in LOSSY_DTYPES and tensor.numel() >= options.min_numel
+
+
+class _Encoder:
+    def __init__(
+        self,
+        checkpoint: Mapping[str, Any],
+        reference: Reference | None,
+        options: ExCPOptions,
+        previous: Mapping[str, Tensor] | None,
+    ) -> None:
+        self.checkpoint, self.options, self.previous = checkpoint, options, previous
+        self.reference = reference or Reference()
+        self.key_frame = reference is None
+        self.root = state_dict_path(checkpoint)
+
+    def squared_step(self, parameter: Parameter, weight: Tensor) -> float:
+        last = None if self.previous is None else self.previous.get(parameter.name)
+        if last is not None and last.shape == weight.shape:
+            return squared_norm(as_float32(weight) - as_float32(last))
+        change = squared_norm(as_float32(weight) - as_float32(self.reference.weights[parameter.name]))
+        error = self.reference.squared_errors.get(parameter.name, 0.0)
+        # the step and the error of the last save are taken to be uncorrelated
+        return change - error if change > error * (1 + 1e-6) else 0.0
+
+    def unchanged(self, weight: Tensor, stored: Tensor, error: float = 0.0) -> CodedTensor:
+        return CodedTensor("unchanged", {}, stored, squared_error=error)
+
+    def weight(self, parameter: Parameter, weight: Tensor, notes: list[str]) -> CodedTensor:
+        stored = self.reference.weights.get(parameter.name)
+        if stored is None or stored.shape != weight.shape or stored.dtype != weight.dtype:
+            return exact_tensor(weight, self.options)
+        if _same_bits(weight, stored):
+            return self.unchanged(weight, stored)
+        squared_step = self.squared_step(parameter, weight)
+        if squared_step == 0:
+            # the same state once more: as far from the truth as the last save, and no smaller step to measure it by
+            error = squared_norm(as_float32(weight) - as_float32(stored))
+            notes.append("weight as in the last save")
+            return self.unchanged(weight, stored, error)
+        moment = None if parameter.exp_avg_sq is None else as_float32(_at(self.checkpoint, parameter.exp_avg_sq))
+        classes = self.reference.classes.get(parameter.name)
+        coded = encode_weight(
+            weight,
+            stored,
+            second_moment=moment,
+            squared_step=squared_step,
+            previous_classes=classes if classes is not None and len(classes) == weight.numel() else None,
+            options=self.options,
+        )
+        if isinstance(coded, str):
+            notes.append(f"weight exact: {coded}")
+            coded = exact_tensor(weight, self.options)
+            coded.squared_step = squared_step
+        return coded
+
+    def parameter(self, parameter: Parameter) -> tuple[list[_Coded], ParameterReport]:
+        coded: list[_Coded] = []
+        notes: list[str] = []
+        raw = 0
+        weight: CodedTensor | None = None
+        report: dict[str, Any] = {}
+        if parameter.weight is not None:
+            tensor = _at(self.checkpoint, parameter.weight)
+            weight = self.weight(parameter, tensor, notes)
+            coded.append(_Coded(parameter.weight, tensor, weight))
+            raw += tensor.numel() * tensor.element_size()
+            report |= {
+                "numel": tensor.numel(),
+                "weight_bytes": weight.num_bytes,
+                "squared_error": weight.squared_error,
+                "squared_step": weight.squared_step,
+            }
+            if weight.indices is not None:
+                report["weight_zero_ratio"] = 1 - np.count_nonzero(weight.indices) / max(tensor.numel(), 1)
+        if parameter.exp_avg is not None and parameter.exp_avg_sq is not None:
+            first, second = (_at(self.checkpoint, path) for path in (parameter.exp_avg, parameter.exp_avg_sq))
+            masking = weight if weight is not None and weight.indices is not None else None
+            needs = {"weight": 0} if masking is not None else {}
+            momentum = encode_first_moment(first, weight=masking, options=self.options)
+            if isinstance(momentum, str):
+                notes.append(f"first moment exact: {momentum}")
+                momentum, needs = exact_tensor(first, self.options), {}
+            coded.append(_Coded(parameter.exp_avg, first, momentum, needs))
+            coder = SecondMomentCoder(
+                second,
+                exp_avg=first,
+                first_moment=momentum,
+                rule=AdamRule(parameter.betas, parameter.eps, parameter.step),
+                options=self.options,
+            )
+            moment, why = coder.encode()
+            notes += why
+            needs = {"momentum": len(coded) - 1} if moment.kind == "masked" else {}
+            coded.append(_Coded(parameter.exp_avg_sq, second, moment, needs))
+            raw += sum(tensor.numel() * tensor.element_size() for tensor in (first, second))
+            report |= {
+                "numel": first.numel(),
+                "momentum_bytes": momentum.num_bytes,
+                "second_moment_bytes": moment.num_bytes,
+                "momentum_zero_ratio": 1 - np.count_nonzero(as_float32(momentum.decoded)) / max(first.numel(), 1),
+                "update_max": coder.update_max,
+                "exact_update_max": coder.exact_update_max,
+            }
+        bound = sum(item.coded.bound_bits for item in coded) / 8
+        kinds = [item.coded.kind for item in coded]
+        return coded, ParameterReport(
+            name=parameter.name, raw_bytes=raw, bound_bytes=bound, kinds=kinds, notes=notes, **report
+        )
+
+    def exact(self, path: Path, tensor: Tensor) -> _Coded:
+        if self.root is not None and path[:-1] == self.root:
+            stored = self.reference.weights.get(str(path[-1]))
+            if stored is not None and _same_bits(tensor, stored):
+                return _Coded(path, tensor, self.unchanged(tensor, stored))
+        return _Coded(path, tensor, exact_tensor(tensor, self.options))
+
+
+def _coded_parameters(checkpoint: Mapping[str, Any], options: ExCPOptions) -> list[Parameter]:
+    def fits(path: Path | None) -> bool:
+        return path is not None and _lossy(_at(checkpoint, path), options)
+
+    chosen = []
+    for parameter in find_parameters(checkpoint):
+        weight = parameter.weight if fits(parameter.weight) else None
+        moments = fits(parameter.exp_avg) and fits(parameter.exp_avg_sq)
+        if weight is not None or moments:
+            changes = {"weight": weight} | ({} if moments else {"exp_avg": None, "exp_avg_sq": None})
+            chosen.append(Parameter(**(parameter.__dict__ | changes)))
+    return chosen
+
+
+def _ties(tensors: dict[Path, Tensor], first: set[Path]) -> dict[Path, Path]:
+    """Tensors that hold the same bits as an earlier one of the state dict (`first` count as earliest)."""
+    ties: dict[Path, Path] = {}
+    groups: dict[Any, list[Path]] = {}
+    for path in sorted(tensors, key=lambda item: item not in first):
+        tensor = tensors[path]
+        for other in groups.setdefault((tensor.dtype, tensor.shape), []):
+            twin = tensors[other]
+            # few tensors get past the first elements, so that comparing all of them costs little
+            near = _same_bits(tensor.reshape(-1)[:64], twin.reshape(-1)[:64])
+            if tensor.data_ptr() == twin.data_ptr() or (near and _same_bits(tensor, twin)):
+                ties[path] = other
+                break
+        else:
+            groups[tensor.dtype, tensor.shape].append(path)
+    return ties
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor_bytes(tensor))
+
+
+def _digest(entries: Iterable[tuple[str, str, list[int], int]]) -> str:
+    return hashlib.sha256(json.dumps(sorted(entries), separators=(",", ":")).encode()).hexdigest()
+
+
+def encode(
+    checkpoint: Mapping[str, Any],
+    reference: Reference | None = None,
+    options: ExCPOptions | None = None,
+    *,
+    previous_weights: Mapping[str, Tensor] | None = None,
+    workers: int = 1,
+) -> EncodedSave:
+    """Codes a checkpoint. The result depends on the arguments alone, not on the number of threads.
+
+    Tensors with NaN or infinity are stored exactly, and the report says so. Nothing of the arguments is changed.
+
+    Args:
+        checkpoint: as Lightning writes it: `state_dict`, `optimizer_states` and whatever else; or a bare state dict.
+        reference: of the last save, from its `EncodedSave` or from `decode`; None makes a key frame.
+        options: settings.
+        previous_weights: the state dict of the last save before it was coded, against which steps are measured. None
+            estimates the steps from the errors that the last save reported; that saves memory for one set of weights.
+        workers: threads that code tensors side by side.
+
+    Returns:
+        the coded save, with its report and the reference for the next save.
+
+    Raises:
+        ValueError: the reference is of another model; a package that the back end needs is not installed.
+    """
+    options = options or ExCPOptions()
+    require_backend(options.backend)
+    encoder = _Encoder(checkpoint, reference, options, previous_weights)
+    parameters = _coded_parameters(checkpoint, options)
+    claimed = {path for item in parameters for path in (item.weight, item.exp_avg, item.exp_avg_sq) if path}
+    tensors = {path: tensor for path, tensor in tensors_of(checkpoint) if tensor.numel() >= options.min_numel}
+    root = encoder.root
+    ties = _ties({path: tensors[path] for path in tensors if root is not None and path[:-1] == root}, claimed)
+    parameters = [item for item in parameters if item.weight not in ties]
+    claimed = {path for item in parameters for path in (item.weight, item.exp_avg, item.exp_avg_sq) if path}
+    _check_model(encoder, tensors, root)
+
+    results = _map(encoder.parameter, parameters, workers)
+    loose = [path for path in tensors if path not in claimed and path not in ties]
+    exact = _map(lambda path: encoder.exact(path, tensors[path]), loose, workers)
+
+    writer = PayloadWriter()
+    records: list[dict[str, Any]] = []
+    places: dict[Path, int] = {}
+    following = Reference()
+    entries: list[tuple[str, str, list[int], int]] = []
+    for group in [coded for coded, _ in results] + [[item] for item in exact]:
+        start = len(records)
+        for item in group:
+            record = {
+                "path": list(item.path),
+                "dtype": DTYPE_NAMES[item.tensor.dtype],
+                "shape": list(item.tensor.shape),
+                "kind": item.coded.kind,
+                "crc32": _checksum(item.coded.decoded),
+                "streams": writer.add_all(item.coded.streams),
+            }
+            if item.coded.meta:
+                record["meta"] = item.coded.meta
+            if item.needs:
+                record["needs"] = {role: start + place for role, place in item.needs.items()}
+            places[item.path] = len(records)
+            records.append(record)
+            if root is not None and item.path[:-1] == root:
+                name = str(item.path[-1])
+                _follow(following, name, item.coded)
+                record["squared_error"] = following.squared_errors[name]
+                entries.append((name, record["dtype"], record["shape"], record["crc32"]))
+    for path, other in ties.items():
+        shared = tensors[path].data_ptr() == tensors[other].data_ptr()
+        records.append({"path": list(path), "kind": "tied", "to": places[other], "shared": shared})
+    following.digest = _digest(entries)
+    payload = writer.join()
+    report = _report(encoder, [part for _, part in results], tensors, len(payload))
+    header = {
+        "options": options.__dict__,
+        "base_digest": None if reference is None else reference.digest,
+        "digest": following.digest,
+        "records": records,
+        "report": report.to_dict(),
+    }
+    rest = replace(checkpoint, dict.fromkeys([*places, *ties]))
+    return EncodedSave(header, payload, rest, following)
+
+
+def _follow(following: Reference, name: str, coded: CodedTensor) -> None:
+    following.weights[name] = coded.decoded
+    following.squared_errors[name] = float(f"{coded.squared_error:.6g}")
+    if coded.classes is not None:
+        following.classes[name] = coded.classes
+
+
+def _check_model(encoder: _Encoder, tensors: dict[Path, Tensor], root: Path | None) -> None:
+    known = encoder.reference.weights
+    if encoder.key_frame or not known:
+        return
+    same = sum(
+        str(path[-1]) in known and known[str(path[-1])].shape == tensor.shape
+        for path, tensor in tensors.items()
+        if root is not None and path[:-1] == root
+    )
+    if same < len(known) / 2:
+        raise ValueError(
+            f"ExCP: only {same} of the {len(known)} weights of the last save are in this checkpoint, so it is of "
+            "another model; start a new chain with a key frame"
+        )
+
+
+def _report(
+    encoder: _Encoder, parts: list[ParameterReport], tensors: dict[Path, Tensor], payload_bytes: int
+) -> SaveReport:
+    source: StepSource = "none" if encoder.key_frame else "estimated" if encoder.previous is None else "exact"
+    names = {part.name for part in parts}
+    old = set(encoder.reference.weights)
+    in_state = {str(path[-1]) for path in tensors if encoder.root is not None and path[:-1] == encoder.root}
+    weights = [part for part in parts if part.numel and part.kinds]
+    exact = sum(part.numel for part in weights if part.kinds[0] == "exact")
+    return SaveReport(
+        key_frame=encoder.key_frame,
+        parameters=parts,
+        raw_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        payload_bytes=payload_bytes,
+        step_source=source,
+        key_frame_advised=not encoder.key_frame and exact > 0.5 * sum(part.numel for part in weights),
+        added=[] if encoder.key_frame else sorted(names & in_state - old),
+        removed=sorted(old - in_state),
+    )
+
+
+def decode(
+    encoded: EncodedSave, reference: Reference | None = None, *, verify: bool = True, workers: int = 1
+) -> tuple[dict[str, Any], Reference]:
+    """The checkpoint of a coded save, and the reference for the save after it.
+
+    Args:
+        encoded: from `encode` or a file.
+        reference: of the save before it; not needed for a key frame.
+        verify: compare each decoded tensor with the checksum of what the writer had.
+        workers: threads that decode tensors side by side.
+
+    Raises:
+        ValueError: the reference is missing or of another save, the coded parts are damaged or a decoded tensor is not
+            bit for bit what the writer had, or a package that was used to write is not installed.
+    """
+    base = encoded.base_digest
+    if base is not None and (reference is None or reference.digest != base):
+        have = "none is given" if reference is None else f"the one given is {reference.digest[:12]}"
+        raise ValueError(
+            f"ExCP: this save needs the save {base[:12]} before it, and {have}; decode the chain from its key frame"
+        )
+    records = encoded.header["records"]
+    known = reference if base is not None and reference is not None else Reference()
+    decoder = _Decoder(encoded, known, verify)
+    groups = _groups(records)
+    decoded: dict[int, CodedTensor] = {}
+    for part in _map(decoder.group, groups, workers):
+        decoded |= part
+    root = state_dict_path(encoded.rest)
+    if root is None and all(len(record["path"]) == 1 for record in records):
+        root = ()
+    values: dict[Path, Tensor] = {}
+    following = Reference(digest=encoded.digest)
+    entries: list[tuple[str, str, list[int], int]] = []
+    for number, record in enumerate(records):
+        path = tuple(record["path"])
+        if record["kind"] == "tied":
+            original = values[tuple(records[record["to"]]["path"])]
+            values[path] = original if record["shared"] else original.clone()
+            continue
+        tensor = decoded[number].decoded
+        if "squared_error" in record:
+            decoded[number].squared_error = record["squared_error"]
+            _follow(following, str(path[-1]), decoded[number])
+            entries.append((str(path[-1]), record["dtype"], record["shape"], record["crc32"]))
+            # whoever trains on must not change the reference
+            tensor = tensor.clone()
+        values[path] = tensor
+    if _digest(entries) != encoded.digest:
+        raise ValueError("ExCP: the save's digest does not fit its tensors; restore the file from a copy")
+    return replace(encoded.rest, values), following
+
+
+def _groups(records: list[dict[str, Any]]) -> list[list[int]]:
+    """Records that must be decoded one after the other, together."""
+    groups: list[list[int]] = []
+    for number, record in enumerate(records):
+        if record["kind"] == "tied":
+            continue
+        if record.get("needs") or (groups and record["kind"] in ("first_moment", "rank1", "log_kmeans", "masked")):
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return groups
+
+
+class _Decoder:
+    def __init__(self, encoded: EncodedSave, reference: Reference, verify: bool) -> None:
+        self.records, self.payload = encoded.header["records"], memoryview(encoded.payload)
+        self.reference, self.verify = reference, verify
+
+    def group(self, numbers: list[int]) -> dict[int, CodedTensor]:
+        done: dict[int, CodedTensor] = {}
+        for number in numbers:
+            record = self.records[number]
+            label = "/".join(map(str, record["path"]))
+            try:
+                done[number] = self.record(record, label, done)
+            except (KeyError, IndexError, TypeError) as error:
+                raise ValueError(f"ExCP: {label} is damaged ({error}); restore the file from a copy") from error
+            if self.verify and _checksum(done[number].decoded) != record["crc32"]:
+                raise ValueError(
+                    f"ExCP: {label} decodes to other values than were saved; the chain before it or the file is damaged"
+                )
+        return done
+
+    def record(self, record: dict[str, Any], label: str, done: dict[int, CodedTensor]) -> CodedTensor:
+        dtype, shape = DTYPES[record["dtype"]], tuple(record["shape"])
+        streams = {
+            name: read_part(self.payload, tuple(place), what=f"{label} ({name})")
+            for name, place in record["streams"].items()
+        }
+        needs = {role: done[place] for role, place in record.get("needs", {}).items()}
+        kind, meta = record["kind"], record.get("meta", {})
+        like = torch.empty(shape, dtype=dtype, device="meta")
+        name = str(record["path"][-1])
+        if kind == "exact":
+            return CodedTensor(kind, {}, decode_exact(streams["exact"], dtype, shape))
+        if kind == "unchanged":
+            return CodedTensor(kind, {}, self.reference.weights[name])
+        if kind == "residual":
+            return decode_weight(streams, meta, self.reference.weights[name], self.reference.classes.get(name))
+        if kind == "first_moment":
+            return decode_first_moment(streams, meta, like, needs.get("weight"))
+        if kind in ("rank1", "log_kmeans", "masked"):
+            momentum = needs.get("momentum")
+            return decode_second_moment(kind, streams, meta, like, momentum)
+        raise ValueError(f"ExCP: {label} is stored as {kind!r}, which this version does not know; upgrade tenfold")

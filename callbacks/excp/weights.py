@@ -1,0 +1,186 @@
+"""One weight: its residual against the stored form of the previous save, pruned, quantised, coded (section 3.1)."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .histogram import SMALLEST, Float32, Histogram
+from .indices import Indices, decode_indices, encode_indices, level_classes, row_length
+from .options import ExCPOptions
+from .pruning import weight_threshold
+from .quantiser import Quantiser, choose_quantiser
+
+# the histogram tells errors to a fraction of a percent, rounding to half precision adds to them
+_MARGINS = (0.98, 0.85, 0.6)
+_SEARCH_STEPS = 8
+
+
+def as_float32(tensor: Tensor) -> Float32:
+    """The values, flat; shares memory with a contiguous float32 tensor on the CPU."""
+    return tensor.detach().cpu().to(torch.float32).contiguous().reshape(-1).numpy()
+
+
+def squared_norm(values: Float32) -> float:
+    """Sum of squares, the same for any number of threads."""
+    return float(np.square(values).sum(dtype=np.float64))
+
+
+@dataclass
+class CodedTensor:
+    """A tensor as it is stored.
+
+    Attributes:
+        kind: names the decoder.
+        streams: parts of the payload by name.
+        meta: whatever else the decoder needs, plain data.
+        decoded: what the decoder gives, bit for bit.
+        indices: level of each element (first moment: of each element that the weight keeps).
+        bound_bits: order-0 bound of the indices, all else counted as stored.
+        squared_error: of decoded against given values.
+        squared_step: of given values against those of the last save.
+    """
+
+    kind: str
+    streams: dict[str, bytes]
+    decoded: Tensor
+    meta: dict[str, Any] = field(default_factory=dict)
+    indices: Indices | None = None
+    classes: Indices | None = None
+    bound_bits: float = 0.0
+    squared_error: float = 0.0
+    squared_step: float = 0.0
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all streams."""
+        return sum(map(len, self.streams.values()))
+
+
+def side_bits(streams: dict[str, bytes]) -> float:
+    """Bits of everything that is not an index."""
+    return 8.0 * sum(len(part) for name, part in streams.items() if name not in ("indices", "rows"))
+
+
+def _choose(histogram: Histogram, threshold: float, options: ExCPOptions, target: float | None) -> Quantiser | None:
+    """Quantiser at the threshold, or at the highest lower one whose squared error meets the target."""
+    constrained = options.entropy_constrained and options.mode == "sparsity"
+
+    def at(limit: float, bits: int) -> Quantiser:
+        return choose_quantiser(histogram, num_levels=2**bits - 1, threshold=limit, entropy_constrained=constrained)
+
+    best = at(threshold, options.weight_bits)
+    if target is None or best.squared_error <= target:
+        return best
+    densest = at(SMALLEST, options.weight_bits)
+    bits = options.weight_bits
+    while densest.squared_error > target:
+        bits += 1
+        if bits > 8:
+            return None
+        densest = at(SMALLEST, bits)
+    best = densest
+    low, high = np.log2(SMALLEST), np.log2(max(threshold, SMALLEST))
+    # most of the range below is empty: begin at the smallest value there is
+    if len(histogram.middle):
+        low = max(low, float(np.log2(np.abs(histogram.middle).min())) - 1)
+    low = max(low, high - 40)
+    for _ in range(_SEARCH_STEPS):
+        middle = (low + high) / 2
+        tried = at(_bin_end(2.0**middle), bits)
+        if tried.squared_error <= target:
+            best, low = tried, middle
+        else:
+            high = middle
+    return best
+
+
+def _bin_end(threshold: float) -> float:
+    return float((np.float32(threshold).view(np.uint32) | np.uint32(0xFFFF)).view(np.float32))
+
+
+def encode_weight(
+    weight: Tensor,
+    reference: Tensor,
+    *,
+    second_moment: Float32 | None,
+    squared_step: float,
+    previous_classes: Indices | None,
+    options: ExCPOptions,
+) -> CodedTensor | str:
+    """Codes a weight against the stored form of the last save.
+
+    Args:
+        weight: float32, bfloat16 or float16, any shape.
+        reference: same dtype and shape.
+        second_moment: Adam's exp_avg_sq, shape (n,), for the threshold of `paper` mode.
+        squared_step: squared norm of the weight's change since the last save, for error control.
+        previous_classes: `level_classes` of the last save's indices, shape (n,).
+        options: settings.
+
+    Returns:
+        the coded weight, or why it must be stored exactly.
+    """
+    values, base = as_float32(weight), as_float32(reference)
+    residual = values - base
+    histogram = Histogram.of(residual)
+    if not histogram.finite:
+        return "not finite"
+    target = None if options.error_target is None else options.error_target**2 * squared_step
+    threshold = weight_threshold(residual, histogram, second_moment, options)
+    for margin in _MARGINS:
+        quantiser = _choose(histogram, threshold, options, None if target is None else margin * target)
+        if quantiser is None:
+            return "error target out of reach"
+        indices = quantiser.indices(residual)
+        codebook = quantiser.codebook(residual, indices)
+        decoded = _add(base, codebook, indices, weight)
+        error = squared_norm(as_float32(decoded) - values)
+        if target is None or error <= target:
+            break
+    else:
+        return "error target out of reach"
+    streams, context, bound = encode_indices(
+        indices,
+        alphabet=len(codebook),
+        backend=options.backend,
+        classes=previous_classes if options.contexts else None,
+        row=row_length(tuple(weight.shape)) if options.contexts else 0,
+    )
+    streams["codebook"] = codebook.astype("<f4").tobytes()
+    return CodedTensor(
+        kind="residual",
+        streams=streams,
+        decoded=decoded,
+        meta={"context": context},
+        indices=indices,
+        classes=level_classes(indices, codebook),
+        bound_bits=bound + side_bits(streams),
+        squared_error=error,
+        squared_step=squared_step,
+    )
+
+
+def _add(base: Float32, codebook: Float32, indices: Indices, like: Tensor) -> Tensor:
+    # one IEEE addition and one rounding: the same bits on every machine
+    total = codebook.take(indices, mode="clip")
+    total += base
+    return torch.from_numpy(total).reshape(like.shape).to(like.dtype)
+
+
+def decode_weight(
+    streams: dict[str, memoryview], meta: dict[str, Any], reference: Tensor, previous_classes: Indices | None
+) -> CodedTensor:
+    """The stored form of a weight; arguments as in `encode_weight`.
+
+    Raises:
+        ValueError: the streams do not fit together.
+    """
+    codebook = np.frombuffer(streams["codebook"], "<f4").astype(np.float32)
+    indices = decode_indices(streams, meta["context"], classes=previous_classes, row=row_length(tuple(reference.shape)))
+    if len(indices) != reference.numel():
+        raise ValueError(f"ExCP stream is damaged: {len(indices)} elements where {reference.numel()} were due")
+    decoded = _add(as_float32(reference), codebook, indices, reference)
+    return CodedTensor("residual", {}, decoded, indices=indices, classes=level_classes(indices, codebook))
