@@ -30,8 +30,8 @@ _IGNORED = (
     "trainer_state.json",
     "training_args.bin",
 )
-# keys of a configuration that name where it came from, not what it is
-_PROVENANCE_KEYS = ("_name_or_path", "transformers_version")
+# keys of a configuration that saving and loading write; the dtype is digested with each tensor
+_PROVENANCE_KEYS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 
 
 def model_digest(model: "str | os.PathLike[str] | PreTrainedModel") -> str:

@@ -241,6 +241,9 @@ def _run(lm: TransformersLM, selection: TaskSelection, **options: Any) -> dict[s
     for name, rows in results["samples"].items():
         # processes hand in their shares one after the other
         rows.sort(key=lambda row: (row["doc_id"], row["filter"]))
+        for row in rows:
+            # a process with fewer documents asks its last question again, and lm-eval keeps those answers too
+            row["resps"] = [answers[: selection.tasks[name].config.repeats] for answers in row["resps"]]
         if selection.tasks[name].OUTPUT_TYPE in _LOGLIKELIHOOD_TYPES and not all(map(_is_finite, rows)):
             raise ValueError(NOT_FINITE)
     return dict(results)

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
 
 
 def pick_device(device: str | None, *, local_rank: int = 0) -> torch.device:
@@ -28,13 +28,15 @@ def pick_device(device: str | None, *, local_rank: int = 0) -> torch.device:
 
 
 def pick_dtype(dtype: Dtype, device: torch.device) -> "torch.dtype | Literal['auto']":
-    """The dtype to load weights in; `auto` is the stored one, but float32 on a CPU.
+    """The dtype to load weights in; `stored` is the one in the files, `auto` the same, but float32 on a CPU.
 
     Half precision is slow on most CPUs and its rounding moves scores in the third digit; float32 holds a stored
     bfloat16 or float16 weight exactly.
     """
+    if dtype == "stored" or (dtype == "auto" and device.type != "cpu"):
+        return "auto"
     if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
+        return torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 

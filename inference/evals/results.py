@@ -107,14 +107,15 @@ def print_scores(results: Mapping[str, Any], *, console: Any = None) -> None:
         console = console if console.is_terminal else Console(width=120)
     extra = results.get("tenfold", {})
     title = f"{extra.get('model', 'model')} ({_subtitle(extra)})"
-    grid = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    grid = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     rows = [_row(score) for score in scores_of(results)]
     headings = {"task": "task", "metric": "metric", "score": "score", "error": "± s.e.", "chance": "guess"}
     headings |= {"documents": "docs", "shots": "shots"}
     # columns that say nothing make way
     shown = [key for key in headings if key in ("task", "metric", "score", "error") or any(row[key] for row in rows)]
     for key in shown:
-        grid.add_column(headings[key], justify="left" if key in ("task", "metric") else "right", overflow="fold")
+        justify: Any = "left" if key in ("task", "metric") else "right"
+        grid.add_column(headings[key], justify=justify, overflow="fold")
     for row in rows:
         grid.add_row(*("" if row[key] is None else str(row[key]) for key in shown))
     console.print(grid)

@@ -151,9 +151,12 @@ def _stock_index() -> dict[str, Any]:
 
 
 def _is_closed(names: Iterable[str], manager: "TaskManager") -> bool:
-    """Whether the names are single tasks (or tags) that this index holds; a group may refer to stock tasks."""
-    index = manager.task_index
-    return all(name in index and index[name].kind.name != "GROUP" for name in names)
+    """Whether this index holds all that the names stand for."""
+    try:
+        _leaves(names, manager, strict=True)
+    except KeyError:
+        return False
+    return True
 
 
 def _expand(names: Iterable[str], manager: "TaskManager") -> list[str]:
@@ -179,8 +182,12 @@ def _matches(name: str, pattern: str) -> bool:
     return "*" in pattern and re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name) is not None
 
 
-def _leaves(names: Iterable[str], manager: "TaskManager") -> list[str]:
-    """The single tasks inside the given tasks, groups and tags."""
+def _leaves(names: Iterable[str], manager: "TaskManager", *, strict: bool = False) -> list[str]:
+    """The single tasks inside the given tasks, groups and tags.
+
+    Raises:
+        KeyError: A name is not in the index, and `strict` is on; a group may also define tasks in place.
+    """
     leaves: dict[str, None] = {}
 
     def visit(member: "str | dict[str, Any]") -> None:
@@ -192,8 +199,10 @@ def _leaves(names: Iterable[str], manager: "TaskManager") -> list[str]:
             leaves[entry.name] = None
             return
         tags = entry.tags if entry is not None and entry.kind.name == "TAG" else ()
-        members = inline or sorted(tags) or ((entry.cfg or {}).get("task") if entry is not None else None) or ()
-        for inner in [members] if isinstance(members, str) else members:
+        members = inline or sorted(tags) or ((entry.cfg or {}).get("task") if entry is not None else None)
+        if members is None and strict:
+            raise KeyError(name)
+        for inner in [members] if isinstance(members, str) else members or ():
             visit(inner)
 
     for name in names:
