@@ -1,5 +1,6 @@
 """The cache that transformers' models and `generate` are given."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -259,11 +260,19 @@ class SpeCacheLayer(CacheLayerMixin):
 
     def __init__(self, cache: SpeCache, index: int) -> None:
         super().__init__()
-        self.cache, self.index = cache, index
+        # no cycle: the memory goes with the last reference to the cache, not with some later garbage collection
+        self._cache, self.index = weakref.ref(cache), index
         self.host: HostRows | None = None
         self.store: DeviceStore | None = None
         self.own: tuple[torch.Tensor, torch.Tensor] | None = None
         self._capacity = 0
+
+    @property
+    def cache(self) -> SpeCache:
+        """The cache it belongs to."""
+        cache = self._cache()
+        assert cache is not None, "a layer does not outlive its cache"
+        return cache
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: `reserve` and the prefill take the memory."""

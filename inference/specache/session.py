@@ -109,7 +109,7 @@ class SpeCacheSession:
         if limit is not None and num_columns > limit:
             raise ValueError(f"the prompt has {num_columns} tokens, the model's maximum is {limit}: shorten it")
         padding = left_padding(mask, given.shape[0], num_columns)
-        if past and padding != cache._padding:
+        if past and len(padding) == len(cache.lengths) and padding != cache._padding:
             raise ValueError("attention_mask has other padding than when the cache was filled: keep it as it was")
         cache.reserve(given.shape[0], max(capacity, num_columns), dtype=model.dtype, device=given.device)
         if embeds is not None and chunk_size is not None:

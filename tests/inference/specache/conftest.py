@@ -1,10 +1,19 @@
 """Small decoders with random weights that the tests of SpeCache share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny operations: a second thread only waits, and on a busy machine it waits long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def sharpen(model: PreTrainedModel, factor: float = 6.0) -> PreTrainedModel:
