@@ -43,7 +43,9 @@ def read_checkpoint(path: Path) -> Source:
     model.tie_weights()
     missing = [key for key in missing if key not in getattr(model, "all_tied_weights_keys", {})]
     if missing or unexpected:
-        raise ValueError(f"{path} does not fit its own configuration: missing {missing[:3]}, unexpected {unexpected[:3]}")
+        raise ValueError(
+            f"{path} does not fit its own configuration: missing {missing[:3]}, unexpected {unexpected[:3]}"
+        )
     return Source(model.eval(), checkpoint.get("tokenizer_folder"))
 
 

@@ -194,8 +194,9 @@ class MoLELookupForCausalLM(DecoderForCausalLM):
         Raises:
             ValueError: the table is missing, altered, of another shape, or was made from another embedding.
         """
-        model = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = model[0] if isinstance(model, tuple) else model
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        # with output_loading_info, transformers returns the model and what it found
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         folder = str(pretrained_model_name_or_path)
         path = os.path.join(folder, TABLE_FILE) if os.path.isdir(folder) else cached_file(folder, TABLE_FILE)
         if path is None or not os.path.isfile(path):
@@ -203,7 +204,7 @@ class MoLELookupForCausalLM(DecoderForCausalLM):
         table = LookupTable.open(path, model.config.table_storage)
         model.attach_table(table)
         check_embedding(Path(path).parent, table)
-        return model
+        return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save the model and put its table beside it (a hard link where the file system allows one)."""
