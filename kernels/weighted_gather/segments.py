@@ -1,0 +1,106 @@
+"""The sort behind the deterministic backward: which terms use which row, in a fixed order, shareable between calls."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+_MIN_SPLIT_TERMS = 64
+_MAX_SPLIT_TERMS = 512
+
+
+class SplitPlan(NamedTuple):
+    """How segments longer than `split_terms` are cut into pieces that separate programs can sum.
+
+    The first piece of a segment is summed by the program that stores the segment's result. Every further piece has a
+    slot for its partial sum. The number of slots is an upper bound known without a device synchronisation; unused slots
+    hold empty ranges.
+
+    Attributes:
+        split_terms: largest number of terms in a piece.
+        slot_begins: (num_slots,) first position of each further piece in `Segments.order`.
+        slot_ends: (num_slots,) position after its last.
+        slot_offsets: (num_groups + 1,) the slots of group g are `slot_offsets[g]` up to `slot_offsets[g + 1]`.
+    """
+
+    split_terms: int
+    slot_begins: torch.Tensor
+    slot_ends: torch.Tensor
+    slot_offsets: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Terms sorted by the group they use.
+
+    Attributes:
+        order: (num_terms,) int64, positions in the flattened ids, sorted by id, ties in their original order.
+        offsets: (num_groups + 1,) int64, the terms of group g are `order[offsets[g]:offsets[g + 1]]`.
+    """
+
+    order: torch.Tensor
+    offsets: torch.Tensor
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups, empty ones included."""
+        return self.offsets.numel() - 1
+
+    @cached_property
+    def split_plan(self) -> SplitPlan:
+        """Pieces of the long segments, computed once and then shared by all calls that use these segments."""
+        num_terms, num_groups = self.order.numel(), self.num_groups
+        # four times the mean length: with even use of the rows nothing is split and no partial sums are stored
+        mean_terms = -(-num_terms // max(num_groups, 1))
+        split_terms = min(max(_MIN_SPLIT_TERMS, 1 << (4 * mean_terms - 1).bit_length()), _MAX_SPLIT_TERMS)
+        lengths = self.offsets.diff()
+        extra = ((lengths - 1).clamp_min(0)).div(split_terms, rounding_mode="floor")
+        slot_offsets = torch.zeros_like(self.offsets)
+        torch.cumsum(extra, 0, out=slot_offsets[1:])
+        slots = torch.arange(num_terms // split_terms, device=self.offsets.device)
+        group = torch.searchsorted(slot_offsets[1:].contiguous(), slots, right=True)
+        used = group < num_groups
+        group = group.clamp_max(max(num_groups - 1, 0))
+        begins = self.offsets[group] + (slots - slot_offsets[group] + 1) * split_terms
+        ends = torch.minimum(begins + split_terms, self.offsets[group + 1])
+        nothing = torch.zeros_like(begins)
+        return SplitPlan(
+            split_terms, torch.where(used, begins, nothing), torch.where(used, ends, nothing), slot_offsets
+        )
+
+
+def sort_segments(ids: torch.Tensor, num_groups: int) -> Segments:
+    """Sort ids once, for any number of backward passes over them (MoLE: all layers share the token ids).
+
+    Args:
+        ids: integer ids in [0, num_groups), any shape: the `indices` or `ids` of a later call.
+        num_groups: rows R of the table, or groups U.
+
+    Returns:
+        The segments. No device synchronisation takes place on CUDA.
+
+    Raises:
+        ValueError: `ids` are not integers, or on the CPU one of them is out of range.
+    """
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"ids must be integers, got {ids.dtype}; convert them with .long()")
+    check_range(ids, num_groups, "ids")
+    values, order = ids.reshape(-1).long().sort(stable=True)
+    groups = torch.arange(num_groups + 1, device=ids.device)
+    if ids.device.type == "cpu":
+        offsets = torch.zeros_like(groups)
+        torch.cumsum(torch.bincount(values, minlength=num_groups), 0, out=offsets[1:])
+    else:
+        # bincount would wait for the device
+        offsets = torch.searchsorted(values, groups)
+    return Segments(order, offsets)
+
+
+def check_range(ids: torch.Tensor, limit: int, name: str) -> None:
+    """Raise a ValueError that names an id outside [0, limit); on other devices than the CPU nothing is read."""
+    if ids.device.type != "cpu" or ids.numel() == 0:
+        return
+    low, high = (int(value) for value in torch.aminmax(ids))
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name} holds {low if low < 0 else high}, the table's rows go from 0 to {limit - 1}")
