@@ -19,18 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .adam import AdamRule
+from .adam_state import AdamStateEncoder, CodedAdamState
 from .entropy import require_backend
 from .exact import DTYPE_NAMES, DTYPES, decode_exact, tensor_bytes
-from .moments import (
-    SecondMomentCoder,
-    decode_first_moment,
-    decode_second_moment,
-    encode_first_moment,
-    exact_tensor,
-)
+from .first_moment import decode_first_moment
 from .options import ExCPOptions
 from .payload import PayloadWriter, read_part
 from .report import ParameterReport, SaveReport, StepSource
+from .second_moment import decode_second_moment, exact_tensor
 from .tree import LOSSY_DTYPES, Parameter, Path, find_parameters, replace, state_dict_path, tensors_of
 from .weights import CodedTensor, as_float32, decode_weight, encode_weight, squared_norm
 
@@ -207,31 +203,18 @@ class _Encoder:
         if parameter.exp_avg is not None and parameter.exp_avg_sq is not None:
             first, second = (_at(self.checkpoint, path) for path in (parameter.exp_avg, parameter.exp_avg_sq))
             masking = weight if weight is not None and weight.indices is not None else None
-            needs = {"weight": 0} if masking is not None else {}
-            momentum = encode_first_moment(first, weight=masking, options=self.options)
-            if isinstance(momentum, str):
-                notes.append(f"first moment exact: {momentum}")
-                momentum, needs = exact_tensor(first, self.options), {}
-            coded.append(_Coded(parameter.exp_avg, first, momentum, needs))
-            coder = SecondMomentCoder(
-                second,
-                exp_avg=first,
-                first_moment=momentum,
-                rule=AdamRule(parameter.betas, parameter.eps, parameter.step),
-                options=self.options,
-            )
-            moment, why = coder.encode()
-            notes += why
-            needs = {"momentum": len(coded) - 1} if moment.kind == "masked" else {}
-            coded.append(_Coded(parameter.exp_avg_sq, second, moment, needs))
+            rule = AdamRule(parameter.betas, parameter.eps, parameter.step)
+            state = AdamStateEncoder(first, second, weight=masking, rule=rule, options=self.options).encode()
+            notes += state.notes
+            coded += _in_order(parameter, first, second, state, len(coded))
             raw += sum(tensor.numel() * tensor.element_size() for tensor in (first, second))
             report |= {
                 "numel": first.numel(),
-                "momentum_bytes": momentum.num_bytes,
-                "second_moment_bytes": moment.num_bytes,
-                "momentum_zero_ratio": 1 - np.count_nonzero(as_float32(momentum.decoded)) / max(first.numel(), 1),
-                "update_max": coder.update_max,
-                "exact_update_max": coder.exact_update_max,
+                "momentum_bytes": state.first.num_bytes,
+                "second_moment_bytes": state.second.num_bytes,
+                "momentum_zero_ratio": 1 - np.count_nonzero(as_float32(state.first.decoded)) / max(first.numel(), 1),
+                "update_max": state.update_max,
+                "exact_update_max": state.exact_update_max,
             }
         bound = sum(item.coded.bound_bits for item in coded) / 8
         kinds = [item.coded.kind for item in coded]
@@ -245,6 +228,23 @@ class _Encoder:
             if stored is not None and _same_bits(tensor, stored):
                 return _Coded(path, tensor, self.unchanged(tensor, stored))
         return _Coded(path, tensor, exact_tensor(tensor, self.options))
+
+
+def _in_order(
+    parameter: Parameter, exp_avg: Tensor, exp_avg_sq: Tensor, state: CodedAdamState, place: int
+) -> list[_Coded]:
+    """Both moments, the one that the other needs to be decoded first; `place` is where the first of them goes."""
+    assert parameter.exp_avg is not None
+    assert parameter.exp_avg_sq is not None
+    needs = {"weight": 0} if state.masked else {}
+    first = _Coded(parameter.exp_avg, exp_avg, state.first, needs)
+    second = _Coded(parameter.exp_avg_sq, exp_avg_sq, state.second)
+    if state.scaled:
+        first.needs["second_moment"] = place
+        return [second, first]
+    if state.second.kind == "masked":
+        second.needs["first_moment"] = place
+    return [first, second]
 
 
 def _coded_parameters(checkpoint: Mapping[str, Any], options: ExCPOptions) -> list[Parameter]:
@@ -334,7 +334,7 @@ def encode(
     places: dict[Path, int] = {}
     following = Reference()
     entries: list[tuple[str, str, list[int], int]] = []
-    for group in [coded for coded, _ in results] + [[item] for item in exact]:
+    for number, group in enumerate([coded for coded, _ in results] + [[item] for item in exact]):
         start = len(records)
         for item in group:
             record = {
@@ -342,6 +342,7 @@ def encode(
                 "dtype": DTYPE_NAMES[item.tensor.dtype],
                 "shape": list(item.tensor.shape),
                 "kind": item.coded.kind,
+                "group": number,
                 "crc32": _checksum(item.coded.decoded),
                 "streams": writer.add_all(item.coded.streams),
             }
@@ -471,16 +472,12 @@ def decode(
 
 
 def _groups(records: list[dict[str, Any]]) -> list[list[int]]:
-    """Records that must be decoded one after the other, together."""
-    groups: list[list[int]] = []
+    """Records of one parameter together, as the later ones may need the earlier ones."""
+    groups: dict[int, list[int]] = {}
     for number, record in enumerate(records):
-        if record["kind"] == "tied":
-            continue
-        if record.get("needs") or (groups and record["kind"] in ("first_moment", "rank1", "log_kmeans", "masked")):
-            groups[-1].append(number)
-        else:
-            groups.append([number])
-    return groups
+        if record["kind"] != "tied":
+            groups.setdefault(record["group"], []).append(number)
+    return list(groups.values())
 
 
 class _Decoder:
@@ -520,8 +517,9 @@ class _Decoder:
         if kind == "residual":
             return decode_weight(streams, meta, self.reference.weights[name], self.reference.classes.get(name))
         if kind == "first_moment":
-            return decode_first_moment(streams, meta, like, needs.get("weight"))
+            return decode_first_moment(
+                streams, meta, like, weight=needs.get("weight"), second_moment=needs.get("second_moment")
+            )
         if kind in ("rank1", "log_kmeans", "masked"):
-            momentum = needs.get("momentum")
-            return decode_second_moment(kind, streams, meta, like, momentum)
+            return decode_second_moment(kind, streams, meta, like, needs.get("first_moment"))
         raise ValueError(f"ExCP: {label} is stored as {kind!r}, which this version does not know; upgrade tenfold")

@@ -31,9 +31,7 @@ class Quantiser:
     def indices(self, values: Float32) -> NDArray[np.uint8]:
         """Index of each value, same shape (n,)."""
         indices = self.labels.take(bins_of(values), mode="clip")
-        border = np.uint32(np.float32(self.threshold).view(np.uint32))
-        # a threshold inside a bin divides it
-        if border & 0xFFFF != 0xFFFF:
+        if _divides(self.threshold):
             indices[np.abs(values) <= np.float32(self.threshold)] = 0
         return indices
 
@@ -48,6 +46,15 @@ class Quantiser:
         return mean.astype(np.float32)
 
 
+def _divides(threshold: float) -> bool:
+    """Whether a threshold lies inside a bin rather than at its end."""
+    return int(np.float32(threshold).view(np.uint32)) & 0xFFFF != 0xFFFF
+
+
+def _bin_start(threshold: float) -> float:
+    return float(np.uint32(int(np.float32(threshold).view(np.uint32)) & 0xFFFF0000).view(np.float32))
+
+
 class _Cells:
     """Contiguous ranges of bins between `edges`; one of them may be zero's."""
 
@@ -58,14 +65,17 @@ class _Cells:
         self.first = np.concatenate([[0.0], np.cumsum(weight * middle)])
         self.second = np.concatenate([[0.0], np.cumsum(weight * middle**2)])
         # density to the power 1/3: how close levels lie that minimise the error (Panter and Dite, 1951)
-        self.spread = np.concatenate([[0.0], np.cumsum(np.cbrt(weight * histogram.width**2))])
+        distance = np.gradient(middle) if len(middle) > 1 else np.ones(len(middle))
+        self.spread = np.concatenate([[0.0], np.cumsum(np.cbrt(weight * distance**2))])
         self.num_values = histogram.num_values
         self.num_zeros = float(histogram.num_values - self.mass[-1])
         self.pinned: tuple[int, int] | None = None
         if threshold is not None:
+            # a bin that the threshold divides is kept; `Quantiser.indices` looks at its values one by one
+            limit = _bin_start(threshold) if _divides(threshold) else threshold
             self.pinned = (
-                int(np.searchsorted(middle, -threshold, side="left")),
-                int(np.searchsorted(middle, threshold, side="right")),
+                int(np.searchsorted(middle, -limit, side="left")),
+                int(np.searchsorted(middle, limit, side="right")),
             )
         self.edges = np.empty(0, np.int64)
         self.zero = -1
@@ -80,14 +90,14 @@ class _Cells:
         share = self.spread[left] + self.spread[-1] - self.spread[right]
         below = round(num_levels * self.spread[left] / share) if share else 0
         if left and right < total:
-            below = min(max(below, 1), num_levels - 1)
+            below = min(max(below, 1, num_levels - (total - right)), num_levels - 1, left)
         lower, upper = self._divide(0, left, below), self._divide(right, total, num_levels - below)
         self.zero = len(lower) - 1
         self.edges = np.concatenate([lower, upper])
 
     def _divide(self, start: int, stop: int, num_cells: int) -> NDArray[np.int64]:
-        if start == stop:
-            return np.array([start])
+        if stop - start <= max(num_cells, 1):
+            return np.arange(start, stop + 1)
         targets = np.linspace(self.spread[start], self.spread[stop], max(num_cells, 1) + 1)[1:-1]
         inner = np.searchsorted(self.spread[start : stop + 1], targets) + start
         return np.unique(np.concatenate([[start], inner, [stop]])).astype(np.int64)

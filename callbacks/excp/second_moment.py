@@ -1,4 +1,4 @@
-"""Adam's moments: the first pruned together with the weight, the second by one of three means (section 3.2)."""
+"""Adam's second moment: row and column means, levels in the logarithm, or only where the first moment is kept."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,84 +14,12 @@ from .exact import decode_exact, encode_exact
 from .histogram import Float32, Histogram
 from .indices import Indices, decode_indices, encode_indices
 from .options import Backend, ExCPOptions
-from .pruning import momentum_threshold
 from .quantiser import choose_quantiser
 from .weights import CodedTensor, as_float32, side_bits, squared_norm
 
 # more exceptions than this and coding every entry is smaller
 _MOST_EXCEPTIONS = 0.05
 _MOST_FACTORS = 0.125
-
-
-def encode_first_moment(exp_avg: Tensor, *, weight: CodedTensor | None, options: ExCPOptions) -> CodedTensor | str:
-    """Codes exp_avg: zero wherever the weight's residual is zero or |exp_avg| is below its threshold.
-
-    Only entries that the weight keeps are coded, so that the second of the two masks is coded given the first.
-
-    Args:
-        exp_avg: float32, bfloat16 or float16, any shape.
-        weight: the coded residual; None in a key frame, where nothing but the threshold prunes.
-        options: settings.
-
-    Returns:
-        the coded moment, or why it must be stored exactly.
-    """
-    values = as_float32(exp_avg)
-    mask = None if weight is None or weight.indices is None else weight.indices != 0
-    kept = values if mask is None else values[mask]
-    histogram = Histogram.of(kept)
-    if not histogram.finite or (mask is not None and not np.isfinite(values).all()):
-        return "not finite"
-    quantiser = choose_quantiser(
-        histogram,
-        num_levels=2**options.momentum_bits - 1,
-        threshold=momentum_threshold(values, kept, histogram, options),
-        entropy_constrained=options.entropy_constrained and options.mode == "sparsity",
-    )
-    indices = quantiser.indices(kept)
-    codebook = quantiser.codebook(kept, indices)
-    classes = None
-    if options.contexts and mask is not None and weight is not None and weight.classes is not None:
-        classes = weight.classes[mask]
-    streams, context, bound = encode_indices(indices, alphabet=len(codebook), backend=options.backend, classes=classes)
-    streams["codebook"] = codebook.astype("<f4").tobytes()
-    decoded = _scatter(codebook, indices, mask, exp_avg)
-    return CodedTensor(
-        kind="first_moment",
-        streams=streams,
-        decoded=decoded,
-        meta={"context": context},
-        indices=indices,
-        bound_bits=bound + side_bits(streams),
-        squared_error=squared_norm(as_float32(decoded) - values),
-    )
-
-
-def _scatter(codebook: Float32, indices: Indices, mask: NDArray[np.bool_] | None, like: Tensor) -> Tensor:
-    found = codebook.take(indices, mode="clip")
-    if mask is not None:
-        whole = np.zeros(len(mask), dtype=np.float32)
-        whole[mask] = found
-        found = whole
-    return torch.from_numpy(found).reshape(like.shape).to(like.dtype)
-
-
-def decode_first_moment(
-    streams: dict[str, memoryview], meta: dict[str, Any], like: Tensor, weight: CodedTensor | None
-) -> CodedTensor:
-    """The stored form of exp_avg; `like` has its dtype and shape.
-
-    Raises:
-        ValueError: the streams do not fit together.
-    """
-    mask = None if weight is None or weight.indices is None else weight.indices != 0
-    classes = weight.classes[mask] if weight is not None and weight.classes is not None and mask is not None else None
-    indices = decode_indices(streams, meta["context"], classes=classes)
-    due = like.numel() if mask is None else int(np.count_nonzero(mask))
-    if len(indices) != due:
-        raise ValueError(f"ExCP stream is damaged: {len(indices)} elements where {due} were due")
-    codebook = np.frombuffer(streams["codebook"], "<f4").astype(np.float32)
-    return CodedTensor("first_moment", {}, _scatter(codebook, indices, mask, like), indices=indices)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -145,13 +73,13 @@ def decode_gaps(stream: memoryview) -> NDArray[np.int64]:
     return np.cumsum(symbols)[ends] + np.arange(len(ends))
 
 
-class SecondMomentCoder:
-    """Codes one exp_avg_sq, going to finer forms until the first update after a resume stays within its bound.
+class SecondMomentForms:
+    """The forms in which one exp_avg_sq can be stored, from the one asked for to finer ones.
 
     Args:
-        exp_avg_sq: float32, bfloat16 or float16, any shape.
-        exp_avg: exact first moment, shape (n,).
-        first_moment: its coded form.
+        exp_avg_sq: float32, bfloat16 or float16, any shape; finite and not negative.
+        momentum: the first moment that updates are judged with, shape (n,).
+        exact_updates: `proxy_updates` of the exact state, shape (n,).
         rule: Adam's constants.
         options: settings.
     """
@@ -160,50 +88,28 @@ class SecondMomentCoder:
         self,
         exp_avg_sq: Tensor,
         *,
-        exp_avg: Tensor,
-        first_moment: CodedTensor,
+        momentum: Float32,
+        exact_updates: Float32,
         rule: AdamRule,
         options: ExCPOptions,
     ) -> None:
         self.tensor, self.options, self.rule = exp_avg_sq, options, rule
         self.values = as_float32(exp_avg_sq)
-        self.momentum = as_float32(first_moment.decoded)
+        self.momentum, self.exact_updates = momentum, exact_updates
         self.histogram = Histogram.of(self.values)
-        self.valid = self.histogram.finite and not (self.values < 0).any()
-        self.exact_updates = np.empty(0, np.float32)
-        self.exact_update_max = self.update_max = 0.0
-        if self.valid:
-            self.exact_updates = proxy_updates(rule, as_float32(exp_avg), self.values, self.values)
-            self.exact_update_max = float(self.exact_updates.max(initial=0.0))
 
-    def encode(self) -> tuple[CodedTensor, list[str]]:
-        """The coded moment, and why it is not in the form that was asked for."""
-        notes = []
-        if self.valid:
-            for coded in self._forms():
-                if coded is None:
-                    continue
-                self.update_max = float(self._updates(as_float32(coded.decoded)).max(initial=0.0))
-                limit = self.options.update_target
-                if limit is None or self.update_max <= limit * self.exact_update_max:
-                    if coded.kind != self.options.second_moment:
-                        notes.append(f"second moment: {coded.kind} instead of {self.options.second_moment}")
-                    return coded, notes
-            notes.append("second moment exact: update target out of reach")
-        else:
-            notes.append("second moment exact: not finite, or negative")
-        self.update_max = float(self._updates(self.values).max(initial=0.0)) if self.valid else 0.0
-        return exact_tensor(self.tensor, self.options), notes
+    def updates(self, coded: CodedTensor) -> Float32:
+        """Sizes of the next update with a stored form."""
+        return proxy_updates(self.rule, self.momentum, as_float32(coded.decoded), self.values)
 
-    def _updates(self, second_moment: Float32) -> Float32:
-        return proxy_updates(self.rule, self.momentum, second_moment, self.values)
-
-    def _forms(self) -> Iterator[CodedTensor | None]:
+    def __iter__(self) -> Iterator[CodedTensor]:
         wanted = self.options.second_moment
         if wanted == "masked":
             yield self._masked()
         if wanted in ("masked", "rank1"):
-            yield self._rank1()
+            coded = self._rank1()
+            if coded is not None:
+                yield coded
         for bits in range(self.options.second_moment_bits, 9):
             yield self._log_kmeans(bits)
 
@@ -246,7 +152,7 @@ class SecondMomentCoder:
         if self.options.update_target is not None:
             ceiling = update_ceiling(self.exact_updates, self.options.update_target)
             allowed = np.maximum(self.exact_updates * np.float32(self.options.update_target), np.float32(ceiling))
-            positions = np.flatnonzero(self._updates(decoded) > allowed)
+            positions = np.flatnonzero(proxy_updates(self.rule, self.momentum, decoded, self.values) > allowed)
             if len(positions) > _MOST_EXCEPTIONS * len(self.values):
                 return None
             if len(positions):

@@ -1,0 +1,124 @@
+"""Both of Adam's moments of one parameter, with the first update after a resume kept within its bound."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from .adam import AdamRule, proxy_updates
+from .first_moment import encode_first_moment, update_scale
+from .histogram import Float32
+from .options import ExCPOptions
+from .second_moment import SecondMomentForms, exact_tensor
+from .weights import CodedTensor, as_float32
+
+
+@dataclass
+class CodedAdamState:
+    """Both moments as stored.
+
+    Attributes:
+        first: exp_avg.
+        second: exp_avg_sq.
+        scaled: whether the first moment was divided by the square root of the stored second one.
+        masked: whether the first moment is stored only where the weight's residual is not zero.
+        update_max: largest next update over the learning rate from the stored state.
+        exact_update_max: the same from the exact state.
+        notes: why a moment is stored otherwise than asked for.
+    """
+
+    first: CodedTensor
+    second: CodedTensor
+    scaled: bool = False
+    masked: bool = False
+    update_max: float = 0.0
+    exact_update_max: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+
+class AdamStateEncoder:
+    """Codes the moments of one parameter, going to finer forms where the first update would be too large.
+
+    Args:
+        exp_avg: first moment, any shape.
+        exp_avg_sq: second moment, same shape.
+        weight: the coded residual; None in a key frame or where the weight has none.
+        rule: Adam's constants.
+        options: settings.
+    """
+
+    def __init__(
+        self, exp_avg: Tensor, exp_avg_sq: Tensor, *, weight: CodedTensor | None, rule: AdamRule, options: ExCPOptions
+    ) -> None:
+        self.exp_avg, self.exp_avg_sq, self.weight, self.rule, self.options = exp_avg, exp_avg_sq, weight, rule, options
+        self.momentum, self.variance = as_float32(exp_avg), as_float32(exp_avg_sq)
+        self.exact_updates = np.empty(0, np.float32)
+        self.exact_max = 0.0
+
+    def encode(self) -> CodedAdamState:
+        """The coded moments."""
+        finite = np.isfinite(self.momentum).all() and np.isfinite(self.variance).all()
+        if not finite or (self.variance < 0).any():
+            state = CodedAdamState(self._exact(self.exp_avg), self._exact(self.exp_avg_sq))
+            state.notes.append("moments exact: not finite, or a negative second moment")
+            return state
+        self.exact_updates = proxy_updates(self.rule, self.momentum, self.variance, self.variance)
+        self.exact_max = float(self.exact_updates.max(initial=0.0))
+        scaled = self.options.mode == "sparsity" and self.options.second_moment != "masked"
+        state = self._second_first() if scaled else self._first_first()
+        state.exact_update_max = self.exact_max
+        return state
+
+    def _exact(self, tensor: Tensor) -> CodedTensor:
+        return exact_tensor(tensor, self.options)
+
+    def _forms(self, momentum: Float32) -> SecondMomentForms:
+        return SecondMomentForms(
+            self.exp_avg_sq, momentum=momentum, exact_updates=self.exact_updates, rule=self.rule, options=self.options
+        )
+
+    def _within(self, largest: float) -> bool:
+        target = self.options.update_target
+        return target is None or largest <= target * self.exact_max
+
+    def _second(self, momentum: Float32, notes: list[str]) -> tuple[CodedTensor, float]:
+        """The first form of the second moment that keeps updates within the bound, and the largest update."""
+        forms = self._forms(momentum)
+        for coded in forms:
+            largest = float(forms.updates(coded).max(initial=0.0))
+            if self._within(largest):
+                if coded.kind != self.options.second_moment:
+                    notes.append(f"second moment {coded.kind} instead of {self.options.second_moment}")
+                return coded, largest
+        notes.append("second moment exact: update target out of reach")
+        exact = self._exact(self.exp_avg_sq)
+        return exact, float(forms.updates(exact).max(initial=0.0))
+
+    def _first_first(self) -> CodedAdamState:
+        notes: list[str] = []
+        first = encode_first_moment(
+            self.exp_avg, weight=self.weight, scale=None, options=self.options, bits=self.options.momentum_bits
+        )
+        if isinstance(first, str):
+            notes.append(f"first moment exact: {first}")
+            first = self._exact(self.exp_avg)
+        second, largest = self._second(as_float32(first.decoded), notes)
+        masked = self.weight is not None and first.kind != "exact"
+        return CodedAdamState(first, second, masked=masked, update_max=largest, notes=notes)
+
+    def _second_first(self) -> CodedAdamState:
+        notes: list[str] = []
+        second, _ = self._second(self.momentum, notes)
+        scale = update_scale(second.decoded)
+        for bits in range(self.options.momentum_bits, 9):
+            first = encode_first_moment(self.exp_avg, weight=self.weight, scale=scale, options=self.options, bits=bits)
+            if isinstance(first, str):
+                break
+            largest = float(self._forms(as_float32(first.decoded)).updates(second).max(initial=0.0))
+            if self._within(largest):
+                masked = self.weight is not None
+                return CodedAdamState(first, second, scaled=True, masked=masked, update_max=largest, notes=notes)
+        notes.append("first moment exact: update target out of reach")
+        exact = self._exact(self.exp_avg)
+        largest = float(self._forms(self.momentum).updates(second).max(initial=0.0))
+        return CodedAdamState(exact, second, update_max=largest, notes=notes)

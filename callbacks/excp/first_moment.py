@@ -1,0 +1,110 @@
+"""Adam's first moment, pruned together with the weight (section 3.2)."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .histogram import Float32, Histogram
+from .indices import Indices, decode_indices, encode_indices
+from .options import ExCPOptions
+from .pruning import momentum_threshold
+from .quantiser import choose_quantiser
+from .weights import CodedTensor, as_float32, side_bits, squared_norm
+
+
+def update_scale(second_moment: Tensor) -> Float32:
+    """What the first moment is divided by before it is quantised: sqrt of the stored second moment, shape (n,)."""
+    return np.sqrt(np.maximum(as_float32(second_moment), 0))
+
+
+def encode_first_moment(
+    exp_avg: Tensor, *, weight: CodedTensor | None, scale: Float32 | None, options: ExCPOptions, bits: int
+) -> CodedTensor | str:
+    """Codes exp_avg: zero wherever the weight's residual is zero or the moment is below its threshold.
+
+    Only entries that the weight keeps are coded, so that the second of the two masks is coded given the first.
+
+    Args:
+        exp_avg: float32, bfloat16 or float16, any shape.
+        weight: the coded residual; None in a key frame, where nothing but the threshold prunes.
+        scale: `update_scale`. deviation: the paper prunes and clusters the moment itself. Divided by the scale it is
+            the update that it causes; clustered without, entries of rows with small gradients can be stored ten times
+            too large and give the first step after a resume a spike. None does as the paper.
+        options: settings.
+        bits: the moment has at most 2**bits - 1 levels.
+
+    Returns:
+        the coded moment, or why it must be stored exactly.
+    """
+    exact = as_float32(exp_avg)
+    if not np.isfinite(exact).all():
+        return "not finite"
+    values = exact if scale is None else np.divide(exact, scale, out=np.zeros_like(exact), where=scale > 0)
+    mask = None if weight is None or weight.indices is None else weight.indices != 0
+    kept = values if mask is None else values[mask]
+    histogram = Histogram.of(kept)
+    if not histogram.finite:
+        return "not finite over the second moment"
+    quantiser = choose_quantiser(
+        histogram,
+        num_levels=2**bits - 1,
+        threshold=momentum_threshold(values, kept, histogram, options),
+        entropy_constrained=options.entropy_constrained and options.mode == "sparsity",
+    )
+    indices = quantiser.indices(kept)
+    codebook = quantiser.codebook(kept, indices)
+    classes = None
+    if options.contexts and mask is not None and weight is not None and weight.classes is not None:
+        classes = weight.classes[mask]
+    streams, context, bound = encode_indices(indices, alphabet=len(codebook), backend=options.backend, classes=classes)
+    streams["codebook"] = codebook.astype("<f4").tobytes()
+    decoded = _scatter(codebook, indices, mask, scale, exp_avg)
+    return CodedTensor(
+        kind="first_moment",
+        streams=streams,
+        decoded=decoded,
+        meta={"context": context},
+        indices=indices,
+        bound_bits=bound + side_bits(streams),
+        squared_error=squared_norm(as_float32(decoded) - exact),
+    )
+
+
+def _scatter(
+    codebook: Float32, indices: Indices, mask: NDArray[np.bool_] | None, scale: Float32 | None, like: Tensor
+) -> Tensor:
+    found = codebook.take(indices, mode="clip")
+    if mask is not None:
+        whole = np.zeros(len(mask), dtype=np.float32)
+        whole[mask] = found
+        found = whole
+    if scale is not None:
+        found *= scale
+    return torch.from_numpy(found).reshape(like.shape).to(like.dtype)
+
+
+def decode_first_moment(
+    streams: dict[str, memoryview],
+    meta: dict[str, Any],
+    like: Tensor,
+    *,
+    weight: CodedTensor | None,
+    second_moment: CodedTensor | None,
+) -> CodedTensor:
+    """The stored form of exp_avg; `like` has its dtype and shape.
+
+    Raises:
+        ValueError: the streams do not fit together.
+    """
+    mask = None if weight is None or weight.indices is None else weight.indices != 0
+    classes = weight.classes[mask] if weight is not None and weight.classes is not None and mask is not None else None
+    indices = decode_indices(streams, meta["context"], classes=classes)
+    due = like.numel() if mask is None else int(np.count_nonzero(mask))
+    if len(indices) != due:
+        raise ValueError(f"ExCP stream is damaged: {len(indices)} elements where {due} were due")
+    codebook = np.frombuffer(streams["codebook"], "<f4").astype(np.float32)
+    scale = None if second_moment is None else update_scale(second_moment.decoded)
+    return CodedTensor("first_moment", {}, _scatter(codebook, indices, mask, scale, like), indices=indices)
