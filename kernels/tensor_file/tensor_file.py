@@ -1,18 +1,21 @@
 """A file of large arrays that can be memory-mapped, read row by row with aligned direct I/O, and checked.
 
 Layout, little-endian: 8 bytes magic, uint32 version, uint32 length of the JSON header, the header, zeros up to the next
-multiple of 4096; then the parts, each starting at a multiple of 4096. The header holds the caller's `metadata` and for
-every part its dtype, shape, byte offset and one CRC-32 per chunk of 64 MiB. A CRC-32 over the header closes it.
+multiple of 4096; then the parts, each starting at a multiple of 4096. The header holds the caller's `metadata`, the
+chunk size and for every part its dtype, shape, byte offset and one CRC-32 per chunk. A CRC-32 over it closes it.
 
 The writer fills a temporary file in the same folder, flushes it and renames it: under the final name there is a whole
 file or none.
 """
 
+import contextlib
+import errno
 import json
 import os
+import shutil
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -67,7 +70,8 @@ class TensorFileWriter:
 
     Raises:
         ValueError: a part gets the wrong dtype, too many or too few elements, or parts come out of order.
-        OSError: the disk is full or not writable.
+        OSError: the disk is not writable, or has no room: the message names the file, the bytes it needs and those that
+            are free. A file that was there before stays as it was.
     """
 
     def __init__(
@@ -82,13 +86,13 @@ class TensorFileWriter:
         if len(magic) != 8:
             raise ValueError(f"magic must have 8 bytes, got {magic!r}")
         self.path = Path(path)
-        self._magic, self._version = magic, version
+        self._magic, self._version, self._chunk_bytes = magic, version, CHUNK_BYTES
         self._parts: dict[str, dict[str, Any]] = {}
         for name, (dtype, shape) in parts.items():
             if dtype not in _DTYPES:
                 raise ValueError(f"part {name!r}: dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
             part: dict[str, Any] = {"dtype": dtype, "shape": list(shape)}
-            num_chunks = -(-_num_bytes(part) // CHUNK_BYTES)
+            num_chunks = -(-_num_bytes(part) // self._chunk_bytes)
             self._parts[name] = part | {"offset": 0, "crc32": ["0" * 8] * num_chunks}
         self._metadata = dict(metadata or {})
         # offsets depend on the header's length, which does not: every offset is written with 15 digits
@@ -104,10 +108,14 @@ class TensorFileWriter:
 
     def _header(self) -> bytes:
         parts = {name: part | {"offset": f"{part['offset']:015d}"} for name, part in self._parts.items()}
-        return json.dumps({"metadata": self._metadata, "parts": parts}, separators=(",", ":")).encode()
+        content = {"metadata": self._metadata, "chunk_bytes": self._chunk_bytes, "parts": parts}
+        return json.dumps(content, separators=(",", ":")).encode()
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # better now than after minutes of writing
+        if shutil.disk_usage(self.path.parent).free < self.num_bytes:
+            raise self._no_room()
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self._file = open(self._temporary, "wb")
         self._file.seek(self._data_offset)
@@ -115,7 +123,13 @@ class TensorFileWriter:
 
     def write(self, name: str, values: torch.Tensor | np.ndarray) -> None:
         """Append values (any shape, row-major) to part `name`."""
-        tensor = torch.from_numpy(np.ascontiguousarray(values)) if isinstance(values, np.ndarray) else values
+        if isinstance(values, np.ndarray):
+            # a copy where it is read-only: torch warns about sharing such memory
+            tensor = torch.from_numpy(np.ascontiguousarray(values) if values.flags.writeable else values.copy())
+        else:
+            tensor = values
+        if tensor.numel() == 0 and name in self._parts:
+            return
         while self._current < len(self._order) and self._remaining() == 0:
             self._next_part()
         if self._current == len(self._order) or self._order[self._current] != name:
@@ -125,14 +139,15 @@ class TensorFileWriter:
         if tensor.dtype != _DTYPES[part["dtype"]]:
             raise ValueError(f"{self.path.name}: part {name!r} holds {part['dtype']}, got {tensor.dtype}")
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        data = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+        data = memoryview(flat.view(torch.uint8).numpy())
         if len(data) > self._remaining():
             raise ValueError(f"{self.path.name}: part {name!r} gets {len(data)} bytes, {self._remaining()} are left")
         while data:
-            chunk, within = divmod(self._written, CHUNK_BYTES)
-            piece, data = data[: CHUNK_BYTES - within], data[CHUNK_BYTES - within :]
+            chunk, within = divmod(self._written, self._chunk_bytes)
+            piece, data = data[: self._chunk_bytes - within], data[self._chunk_bytes - within :]
             part["crc32"][chunk] = f"{zlib.crc32(piece, int(part['crc32'][chunk], 16) if within else 0):08x}"
-            self._file.write(piece)
+            with self._naming_a_full_disk():
+                self._file.write(piece)
             self._written += len(piece)
 
     def _remaining(self) -> int:
@@ -148,10 +163,29 @@ class TensorFileWriter:
     ) -> None:
         try:
             if kind is None:
-                self._finish()
+                with self._naming_a_full_disk():
+                    self._finish()
         finally:
-            self._file.close()
+            # closing flushes, which fails once more on a full disk: what went wrong first is what the caller should see
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _naming_a_full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise self._no_room() from error
+
+    def _no_room(self) -> OSError:
+        free = shutil.disk_usage(self.path.parent).free
+        return OSError(
+            errno.ENOSPC,
+            f"{self.path} needs {self.num_bytes} bytes, {free} are free on that disk; make room or write elsewhere",
+        )
 
     def _finish(self) -> None:
         while self._current < len(self._order) and self._remaining() == 0:
@@ -204,11 +238,14 @@ class TensorFile:
         if len(checksum) < 4 or struct.unpack("<I", checksum)[0] != zlib.crc32(start + header):
             raise ValueError(f"{self.path}: the header is truncated or altered; write the file again")
         content = json.loads(header)
+        self._chunk_bytes: int = content.get("chunk_bytes", CHUNK_BYTES)
         self.metadata: dict[str, Any] = content["metadata"]
         self._parts: dict[str, dict[str, Any]] = content["parts"]
         for part in self._parts.values():
             part["offset"] = int(part["offset"])
-        expected = max((_align(part["offset"] + _num_bytes(part)) for part in self._parts.values()), default=size)
+        end_of_header = _align(_PREFIX.size + length + 4)
+        ends = (_align(part["offset"] + _num_bytes(part)) for part in self._parts.values())
+        expected = max(ends, default=end_of_header)
         if size != expected:
             raise ValueError(
                 f"{self.path} has {size} bytes where its header says {expected}: truncated or altered; write it again"
@@ -242,12 +279,13 @@ class TensorFile:
         with open(self.path, "rb") as file:
             file.seek(part["offset"])
             for chunk, checksum in enumerate(part["crc32"]):
-                piece = memoryview(buffer)[chunk * CHUNK_BYTES : (chunk + 1) * CHUNK_BYTES]
+                piece = memoryview(buffer)[chunk * self._chunk_bytes : (chunk + 1) * self._chunk_bytes]
                 if file.readinto(piece) != len(piece) or zlib.crc32(piece) != int(checksum, 16):
                     raise ValueError(
                         f"{self.path}: part {name!r}, chunk {chunk} fails its checksum: altered; write the file again"
                     )
-        return torch.from_numpy(buffer).view(self.dtype(name)).view(part["shape"])
+        values = torch.from_numpy(buffer)
+        return (values.view(self.dtype(name)) if len(values) else values.to(self.dtype(name))).view(part["shape"])
 
     def verify(self) -> None:
         """Read every part once and compare all checksums, in bounded memory.
@@ -260,7 +298,7 @@ class TensorFile:
                 file.seek(part["offset"])
                 remaining = _num_bytes(part)
                 for chunk, checksum in enumerate(part["crc32"]):
-                    data = file.read(min(CHUNK_BYTES, remaining))
+                    data = file.read(min(self._chunk_bytes, remaining))
                     remaining -= len(data)
                     if zlib.crc32(data) != int(checksum, 16):
                         raise ValueError(

@@ -31,8 +31,8 @@ def _bag(
         if table.dtype.itemsize > 2:
             weights = weights.to(table.dtype)
         else:
-            # the kernel wants the weights in the table's 16 bits: the rounded weight and what it lacks, side by side, so
-            # that the row is read a second time while it is still in the first-level cache
+            # the kernel wants the weights in the table's 16 bits: the rounded weight and what it lacks, side by side,
+            # so that the row is read a second time while it is still in the first-level cache
             exact = weights.float()
             high = exact.to(table.dtype)
             weights = torch.stack([high, (exact - high.float()).to(table.dtype)], dim=-1).reshape(-1)

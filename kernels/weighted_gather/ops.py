@@ -85,7 +85,7 @@ def weighted_gather_groups(
         raise ValueError(f"table must be (U, N, H), got {tuple(table.shape)}")
     if weights.dim() == 0 or weights.shape[:-1] != ids.shape or weights.shape[-1] != table.shape[1]:
         raise ValueError(
-            f"weights must be {(*ids.shape, table.shape[1])} for ids {tuple(ids.shape)} and table {tuple(table.shape)}, "
+            f"weights must be {(*ids.shape, table.shape[1])} for ids {tuple(ids.shape)}, table {tuple(table.shape)}, "
             f"got {tuple(weights.shape)}"
         )
     return _call(table, ids, weights, backend, segments, grouped=True)

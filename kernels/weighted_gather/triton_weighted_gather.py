@@ -4,6 +4,7 @@ T tokens, M terms per token, H columns. One addressing scheme serves both public
 are the M adjacent rows of group `indices[t]`, otherwise row `indices[t, m]`.
 """
 
+# mypy: allow-untyped-defs
 import os
 
 import torch

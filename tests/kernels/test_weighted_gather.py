@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-
 from tenfold.kernels.weighted_gather import sort_segments, weighted_gather, weighted_gather_groups
 
 needs_gpu = pytest.mark.gpu
@@ -74,7 +73,7 @@ def op_for(table):
 SHAPES = {
     "R7-H5-T9-M3": (7, None, 5, 9, 3),
     "R1-H1-T1-M1": (1, None, 1, 1, 1),
-    "R40-H130-T11-M17": (40, None, 130, 11, 17),
+    "R20-H70-T4-M17": (20, None, 70, 4, 17),
     "R3-H64-T90-M2-long": (3, None, 64, 90, 2),
     "U6-N4-H48-T10": (6, 4, 48, 10, 4),
     "U5-N3-H67-T1": (5, 3, 67, 1, 3),
@@ -146,7 +145,7 @@ DETERMINISM = [("cpu", "cpu", FLOAT32), ("triton", "cpu", FLOAT32), gpu_case("tr
 
 
 @pytest.mark.parametrize(("backend", "device", "dtype"), DETERMINISM)
-@pytest.mark.parametrize("shape", [(4, None, 33, 200, 2), (3, 4, 33, 150, 4)], ids=["rows", "groups"])
+@pytest.mark.parametrize("shape", [(3, None, 9, 100, 2), (2, 4, 9, 140, 4)], ids=["rows", "groups"])
 def test_backward_is_bit_identical_over_runs(backend, device, dtype, shape):
     table, indices, weights, grad = make_case(shape, dtype, FLOAT32, device)
     runs = []
