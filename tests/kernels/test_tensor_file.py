@@ -28,7 +28,8 @@ def random_bits(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 
 def bits(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
-    return tensor.dtype, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    flat = tensor.contiguous().reshape(-1)
+    return tensor.dtype, tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes() if len(flat) else b""
 
 
 def write_file(path: Path, tensors: dict[str, torch.Tensor], **options) -> None:
@@ -204,6 +205,14 @@ def test_memory_map_never_writes_to_the_file(three_parts):
 
 
 PARTS = {"a": ("float32", (4,)), "b": ("int32", (2,))}
+
+
+def write_pieces(path, pieces) -> None:
+    with TensorFileWriter(path, magic=MAGIC, version=1, parts=PARTS) as writer:
+        for name, values in pieces:
+            writer.write(name, values)
+
+
 WRONG_WRITES = {
     "out of order": ([("b", torch.zeros(2, dtype=torch.int32))], "part 'b' written where 'a' was due"),
     "unknown": ([("c", torch.zeros(1))], "part 'c' written where 'a' was due"),
@@ -228,23 +237,19 @@ def test_wrong_writes_are_refused_and_keep_the_old_file(tmp_path, case):
     writes, message = WRONG_WRITES[case]
     path = tmp_path / "x.bin"
     path.write_bytes(b"the previous file")
-    with (
-        pytest.raises(ValueError, match=re.escape(message)),
-        TensorFileWriter(path, magic=MAGIC, version=1, parts=PARTS) as writer,
-    ):
-        for name, values in writes:
-            writer.write(name, values)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        write_pieces(path, writes)
     assert path.read_bytes() == b"the previous file"
     assert os.listdir(tmp_path) == ["x.bin"]
 
 
 def test_exception_in_the_body_leaves_nothing(tmp_path):
-    with (
-        pytest.raises(KeyboardInterrupt),
-        TensorFileWriter(tmp_path / "x.bin", magic=MAGIC, version=1, parts=PARTS) as writer,
-    ):
-        writer.write("a", torch.zeros(4))
+    def interrupted():
+        yield "a", torch.zeros(4)
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_pieces(tmp_path / "x.bin", interrupted())
     assert os.listdir(tmp_path) == []
 
 
@@ -287,10 +292,9 @@ def test_full_disk_names_file_and_bytes_and_keeps_the_old_file(tmp_path, monkeyp
         return FullDisk(file, room, code) if "w" in mode else file
 
     monkeypatch.setattr(tensor_file, "open", full, raising=False)
-    writer = TensorFileWriter(path, magic=MAGIC, version=1, parts=PARTS)
-    with pytest.raises(OSError, match=rf"{path} needs {writer.num_bytes} bytes, \d+ are free") as caught, writer:
-        writer.write("a", torch.zeros(4))
-        writer.write("b", torch.zeros(2, dtype=torch.int32))
+    needed = TensorFileWriter(path, magic=MAGIC, version=1, parts=PARTS).num_bytes
+    with pytest.raises(OSError, match=rf"{path} needs {needed} bytes, \d+ are free") as caught:
+        write_pieces(path, [("a", torch.zeros(4)), ("b", torch.zeros(2, dtype=torch.int32))])
     assert caught.value.errno == errno.ENOSPC
     assert path.read_bytes() == b"the previous file"
     assert os.listdir(tmp_path) == ["x.bin"]
@@ -299,11 +303,8 @@ def test_full_disk_names_file_and_bytes_and_keeps_the_old_file(tmp_path, monkeyp
 def test_other_write_errors_keep_their_name(tmp_path, monkeypatch):
     real = open
     monkeypatch.setattr(tensor_file, "open", lambda *args: FullDisk(real(*args), 0, errno.EIO), raising=False)
-    with (
-        pytest.raises(OSError, match=os.strerror(errno.EIO)),
-        TensorFileWriter(tmp_path / "x.bin", magic=MAGIC, version=1, parts=PARTS) as writer,
-    ):
-        writer.write("a", torch.zeros(4))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        write_pieces(tmp_path / "x.bin", [("a", torch.zeros(4))])
     assert os.listdir(tmp_path) == []
 
 
