@@ -45,9 +45,10 @@ def generate_with_specache(
     own = cache is None
     if cache is None:
         cache = SpeCache(model.config, **(specache or {}))
-    loop = partial(specache_generate, streamer=streamer)
+    arguments = {"custom_generate": partial(specache_generate, streamer=streamer), "streamer": streamer}
     try:
-        return model.generate(inputs, past_key_values=cache, custom_generate=loop, streamer=streamer, **generate_kwargs)
+        # it comes from a mixin that the type does not name
+        return model.generate(inputs, past_key_values=cache, **arguments, **generate_kwargs)  # type: ignore[operator]
     finally:
         if own:
             cache.close()
@@ -94,7 +95,8 @@ def specache_generate(
     guesses = torch.Generator(input_ids.device).manual_seed(cache.options.speculation_seed)
 
     def draw_scores(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        return logits_processor(ids, logits.to(copy=True, dtype=torch.float32, device=ids.device))
+        scores = logits.to(copy=True, dtype=torch.float32, device=ids.device)
+        return logits_processor(ids, scores)  # type: ignore[arg-type]
 
     def pick(scores: torch.Tensor, speculative: bool) -> torch.Tensor:
         if not sampling or (speculative and cache.options.speculation == "greedy"):
@@ -141,9 +143,9 @@ def specache_generate(
     if not as_dict:
         return input_ids
     return GenerateDecoderOnlyOutput(
-        sequences=input_ids,
-        scores=all_scores or None,
-        logits=all_logits or None,
+        sequences=input_ids,  # type: ignore[arg-type]
+        scores=all_scores or None,  # type: ignore[arg-type]
+        logits=all_logits or None,  # type: ignore[arg-type]
         past_key_values=cache,
     )
 

@@ -65,7 +65,9 @@ class SpeCacheSession:
 
     def __init__(self, model: PreTrainedModel, cache: SpeCache) -> None:
         cache.check_model(model)
-        self.model, self.cache = model, cache
+        # its generation methods come from a mixin that its type does not name
+        self.model: Any = model
+        self.cache = cache
         self.speculative: torch.Tensor | None = None
         self.guessed: torch.Tensor | None = None
         self.model_kwargs: dict[str, Any] = {}
@@ -109,7 +111,7 @@ class SpeCacheSession:
         if limit is not None and num_columns > limit:
             raise ValueError(f"the prompt has {num_columns} tokens, the model's maximum is {limit}: shorten it")
         padding = left_padding(mask, given.shape[0], num_columns)
-        if past and len(padding) == len(cache.lengths) and padding != cache._padding:
+        if past and len(padding) == len(cache.lengths) and padding != cache.padding:
             raise ValueError("attention_mask has other padding than when the cache was filled: keep it as it was")
         cache.reserve(given.shape[0], max(capacity, num_columns), dtype=model.dtype, device=given.device)
         if embeds is not None and chunk_size is not None:

@@ -36,10 +36,14 @@ def _unpack_tile(packed: LowBit, start: int, end: int) -> torch.Tensor:
     # group by group through views: no scale is repeated per element
     whole_tokens = dense.shape[2] // part.group_tokens * part.group_tokens
     whole_channels = dense.shape[3] // part.group_channels * part.group_channels
-    for tokens, groups in ((slice(0, whole_tokens), slice(0, whole_tokens // part.group_tokens)),
-                           (slice(whole_tokens, None), slice(whole_tokens // part.group_tokens, None))):
-        for channels, sets in ((slice(0, whole_channels), slice(0, whole_channels // part.group_channels)),
-                               (slice(whole_channels, None), slice(whole_channels // part.group_channels, None))):
+    for tokens, groups in (
+        (slice(0, whole_tokens), slice(0, whole_tokens // part.group_tokens)),
+        (slice(whole_tokens, None), slice(whole_tokens // part.group_tokens, None)),
+    ):
+        for channels, sets in (
+            (slice(0, whole_channels), slice(0, whole_channels // part.group_channels)),
+            (slice(whole_channels, None), slice(whole_channels // part.group_channels, None)),
+        ):
             block = dense[:, :, tokens, channels]
             if block.numel() == 0:
                 continue

@@ -17,8 +17,8 @@ def group_parameters(
     """Scale and zero of every group, rounded to the dtype they are stored in.
 
     KIVI (arXiv 2402.02750): the levels run from the smallest to the largest value. Centred (SpeCache, arXiv 2503.16163,
-    section on 1-bit quantisation): the range is cut into `2**bits` parts and the levels are their centres; at 1 bit that
-    is `zero = (3 min + max) / 4`, `scale = (max - min) / 2`.
+    its 1-bit rule): the range is cut into `2**bits` parts and the levels are their centres; at 1 bit that is
+    `zero = (3 min + max) / 4`, `scale = (max - min) / 2`.
 
     Args:
         x: (B, N, T, D).
@@ -45,7 +45,7 @@ def group_parameters(
 
 
 def _group_extremes(x: torch.Tensor, group_tokens: int, group_channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, heads, tokens, channels = x.shape
+    tokens, channels = x.shape[2:]
     dim, size, length = (2, group_tokens, tokens) if group_tokens > 1 else (3, group_channels, channels)
     if size == 1 or length == 0:
         return x, x

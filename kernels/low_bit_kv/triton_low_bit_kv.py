@@ -5,6 +5,8 @@ B sequences, N key/value heads, M query rows per head, T tokens, D channels, P b
 tile is channel j * P + i, so that P need not be a power of two.
 """
 
+# mypy: allow-untyped-defs
+
 import os
 
 import torch

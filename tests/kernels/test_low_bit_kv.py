@@ -8,7 +8,6 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-
 from tenfold.kernels.low_bit_kv import LowBit, pack, packed_bytes, packed_scores, packed_weighted_sum, unpack
 from tenfold.kernels.low_bit_kv.reference import packed_scores_reference, packed_weighted_sum_reference
 
@@ -220,9 +219,7 @@ class AttentionCase:
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_scores_and_sums_equal_loops_in_float64(bits: int, backend: str) -> None:
     case = AttentionCase(bits=bits, dtype=torch.float64)
-    torch.testing.assert_close(
-        case.scores(backend), torch.from_numpy(case.scores_by_hand(0.3)), rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(case.scores(backend), torch.from_numpy(case.scores_by_hand(0.3)), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(case.sum(backend), torch.from_numpy(case.sum_by_hand()), rtol=1e-12, atol=1e-12)
 
 
@@ -255,9 +252,7 @@ def test_references_pass_gradients_to_queries_weights_and_exact_rows() -> None:
         return found.masked_fill(~inside, 0.0)
 
     def total(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return packed_weighted_sum_reference(
-            weights, case.packed_values, case.lengths, indices=case.indices, rows=rows
-        )
+        return packed_weighted_sum_reference(weights, case.packed_values, case.lengths, indices=case.indices, rows=rows)
 
     assert torch.autograd.gradcheck(scores, (case.query.requires_grad_(), case.key_rows.requires_grad_()))
     assert torch.autograd.gradcheck(total, (case.weights.requires_grad_(), case.value_rows.requires_grad_()))

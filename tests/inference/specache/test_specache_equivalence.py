@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
-
 from tenfold.inference.specache import SpeCache, SpeCacheSession, decode_logits, specache_generate
 from tenfold.kernels.low_bit_kv import pack, unpack
+from transformers import DynamicCache
 
 SMALL = {"residual_length": 16, "group_size": 8}
 

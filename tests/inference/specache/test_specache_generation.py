@@ -3,9 +3,8 @@
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteria, StoppingCriteriaList
-
 from tenfold.inference.specache import SpeCache, decode_logits, generate_with_specache, specache_generate
+from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 SMALL = {"residual_length": 16, "group_size": 8}
 FULL = {"top_k": 512, **SMALL}
@@ -140,8 +139,8 @@ def test_a_prompt_in_chunks_gives_the_same_cache(tiny_llama, prompt, chunk, padd
     mask = torch.ones_like(ids)
     mask[1, :padding] = 0
     options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
-    whole, one = generate(model, ids, LOSSY, **options)
-    chunked, many = generate(model, ids, LOSSY, prefill_chunk_size=chunk, **options)
+    _, one = generate(model, ids, LOSSY, **options)
+    _, many = generate(model, ids, LOSSY, prefill_chunk_size=chunk, **options)
     assert many.statistics.prefills == -(-70 // chunk)
     assert many.lengths == one.lengths
     for layer in range(2):
@@ -236,7 +235,13 @@ def test_our_decoder_gives_its_own_tokens(prompt) -> None:
 def check_decoder(model, ids: torch.Tensor) -> None:
     mask = torch.ones_like(ids)
     mask[0, :11] = 0
-    options = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 24,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
     implementation = model.config._attn_implementation
     plain = model.generate(ids, **options)
     for attention in ("packed", "dense"):
@@ -337,9 +342,7 @@ def test_prompts_that_do_not_fit_are_refused(tiny_llama, prompt) -> None:
             prompt(batch=1, length=90), max_new_tokens=4, past_key_values=cache, custom_generate=specache_generate
         )
     with pytest.raises(ValueError, match="the prompt has 60 tokens, 73 of them are in the cache: nothing is new"):
-        model.generate(
-            prompt(length=60), max_new_tokens=4, past_key_values=cache, custom_generate=specache_generate
-        )
+        model.generate(prompt(length=60), max_new_tokens=4, past_key_values=cache, custom_generate=specache_generate)
 
 
 def test_the_cache_is_of_no_use_without_its_loop_and_the_loop_without_the_cache(tiny_llama, prompt) -> None:

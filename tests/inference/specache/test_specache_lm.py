@@ -6,10 +6,9 @@ import torch
 pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from tenfold.inference.evals.model_lm import TransformersLM
 from tenfold.inference.specache import SpeCacheLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 SMALL = {"residual_length": 16, "group_size": 8}
 CONTEXTS = [
@@ -51,9 +50,7 @@ def test_generations_with_full_budget_are_the_plain_models_batch_by_batch(model,
     requests = [generation(context) for context in CONTEXTS]
     plain = TransformersLM(model, tiny_tokenizer.tokenizer, batch_size=2, progress="off")
     options = {"top_k": 256, **SMALL}
-    ours = SpeCacheLM(
-        model, tiny_tokenizer.tokenizer, cache=cache, cache_options=options, batch_size=2, progress="off"
-    )
+    ours = SpeCacheLM(model, tiny_tokenizer.tokenizer, cache=cache, cache_options=options, batch_size=2, progress="off")
     assert ours.generate_until(requests) == plain.generate_until(requests)
     assert ours.steps > 0
     assert ours.bytes_to_device > 0
@@ -72,7 +69,7 @@ def test_a_lossy_cache_answers_otherwise_and_each_batch_has_a_new_one(model, tin
 
 def test_likelihoods_are_refused_as_they_would_not_read_the_cache(model, tiny_tokenizer) -> None:
     lm = SpeCacheLM(model, tiny_tokenizer.tokenizer, cache_options=SMALL, progress="off")
-    with pytest.raises(ValueError, match="scores log-likelihoods, .* without reading the specache cache"):
+    with pytest.raises(ValueError, match=r"scores log-likelihoods, .* without reading the specache cache"):
         lm.loglikelihood([likelihood("the river", " flows")])
     with pytest.raises(ValueError, match="without reading the specache cache"):
         lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("the river flows",), 0)])

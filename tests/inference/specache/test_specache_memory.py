@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from tenfold.inference.specache import CacheShape, SpeCache, SpeCacheOptions, decode_logits, specache_generate
 from tenfold.inference.specache.host_store import available_host_bytes, check_host_memory
 
@@ -52,9 +51,18 @@ def test_device_and_host_bytes_are_the_formula_to_the_byte(
 @pytest.mark.parametrize(
     ("length", "bits", "group", "ratio"),
     [
-        (4096, 2, 32, 0.22), (4096, 2, 64, 0.19), (4096, 1, 32, 0.15), (4096, 1, 64, 0.125),
-        (8192, 2, 32, 0.20), (8192, 2, 64, 0.17), (8192, 1, 32, 0.14), (8192, 1, 64, 0.11),
-        (32768, 2, 32, 0.19), (32768, 2, 64, 0.16), (32768, 1, 32, 0.13), (32768, 1, 64, 0.10),
+        (4096, 2, 32, 0.22),
+        (4096, 2, 64, 0.19),
+        (4096, 1, 32, 0.15),
+        (4096, 1, 64, 0.125),
+        (8192, 2, 32, 0.20),
+        (8192, 2, 64, 0.17),
+        (8192, 1, 32, 0.14),
+        (8192, 1, 64, 0.11),
+        (32768, 2, 32, 0.19),
+        (32768, 2, 64, 0.16),
+        (32768, 1, 32, 0.13),
+        (32768, 1, 64, 0.10),
     ],
 )
 def test_the_papers_ratios_of_device_to_full_bytes(length: int, bits: int, group: int, ratio: float) -> None:
@@ -134,9 +142,8 @@ def test_available_memory_is_what_the_system_says() -> None:
 
 def test_the_dense_copy_of_a_layer_is_never_held(tiny_llama, prompt, monkeypatch: pytest.MonkeyPatch) -> None:
     # on the packed path no tensor as large as a layer's full-precision keys appears in decoding
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     from tenfold.kernels.low_bit_kv import cpu_low_bit_kv
+    from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
         bytes = 0

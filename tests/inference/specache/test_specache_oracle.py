@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from tenfold.inference.specache import SpeCache, decode_logits
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 class Norm64(torch.nn.Module):

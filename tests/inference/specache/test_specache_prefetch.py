@@ -5,7 +5,6 @@ import time
 
 import pytest
 import torch
-
 from tenfold.inference.specache import SpeCache, decode_logits, specache_generate
 from tenfold.inference.specache.host_store import HostRows
 

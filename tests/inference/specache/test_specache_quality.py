@@ -1,8 +1,9 @@
 """What the method is for: at equal device bytes, exact rows bring decoding closer to the full cache."""
 
+from itertools import pairwise
+
 import pytest
 import torch
-
 from tenfold.inference.specache import CacheShape, SpeCache, decode_logits
 
 SEEDS = (0, 1, 2)
@@ -61,7 +62,7 @@ def test_the_bytes_of_that_comparison_are_equal(tiny_llama) -> None:
 @pytest.mark.parametrize("bits", [2, 1])
 def test_more_rows_are_never_worse(measured, bits: int) -> None:
     means = [sum(measured["specache", bits, rows]) / len(SEEDS) for rows in ROWS]
-    assert all(more < fewer for fewer, more in zip(means, means[1:], strict=False))
+    assert all(more < fewer for fewer, more in pairwise(means))
     # 256 rows are all the low-bit tokens but those that join during decoding
     assert means[-1] < means[0] / 100
 

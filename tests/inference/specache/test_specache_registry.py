@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
-
 from tenfold.inference import SpeCache, build_cache
 from tenfold.inference.specache import CACHES, SpeCacheOptions, specache_generate
+from transformers import DynamicCache
 
 
 def test_every_option_of_the_method_is_offered_with_its_default() -> None:
