@@ -73,11 +73,13 @@ def load_model(
     else:
         auto_class = transformers.AutoModelForCausalLM
     try:
-        model, info = auto_class.from_pretrained(
+        loaded = auto_class.from_pretrained(
             name, config=config, dtype=pick_dtype(dtype, device), output_loading_info=True, **options
         )
     except Exception as error:
         raise _load_error(name, local, error) from error
+    # a class that loads itself, as the lookup form does, gives the model alone and checks its files on its own
+    model, info = loaded if isinstance(loaded, tuple) else (loaded, {})
     # transformers fills such weights with random numbers and goes on
     for kind in ("missing", "mismatched"):
         if keys := sorted(str(key) for key in info.get(f"{kind}_keys", ())):

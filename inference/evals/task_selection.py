@@ -237,13 +237,12 @@ def _use_local_data(
         )
     override = {
         "include": str(source),
-        "tag": None,
         "custom_dataset": None,
         "dataset_path": found.loader,
         "dataset_name": None,
         "dataset_kwargs": {
             "data_files": {split: [str(path) for path in paths] for split, paths in found.splits.items()},
-            # a cache of its own: a file rewritten in place is read anew, and nothing is left behind
+            # what `datasets` makes of the files goes away with the run
             "cache_dir": str(scratch / "datasets"),
         },
         **_without_missing_splits(name, folder, config, found, num_fewshot),

@@ -1,6 +1,5 @@
 """Logs an evaluation to Weights & Biases through lm-eval's own logger."""
 
-import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,7 +75,7 @@ def log_to_wandb(
     }
     logger = WandbLogger(init_args={key: value for key, value in init_args.items() if value is not None})
     try:
-        logger.post_init(_loggable(results))
+        logger.post_init({key: value for key, value in results.items() if key not in ("samples", "tenfold")})
         logger.log_eval_result()
         logger.run.config.update({"tenfold": dict(extra)}, allow_val_change=True)
         if options.log_samples and results.get("samples"):
@@ -88,24 +87,9 @@ def log_to_wandb(
     return Path(run_folder) if run_folder else None
 
 
-def _loggable(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The results as lm-eval's logger can take them.
-
-    A group without an aggregate metric has a row among the results but is not listed as a group; the logger then takes
-    it for a task, looks for its samples and fails with a KeyError.
-    """
-    kept = {key: copy.deepcopy(value) for key, value in results.items() if key not in ("samples", "tenfold")}
-    kept["results"] = {name: values for name, values in kept["results"].items() if name in kept["configs"]}
-    for name, values in kept.get("groups", {}).items():
-        kept["results"][name] = values
-    return kept
-
-
 def _log_samples(logger: Any, results: Mapping[str, Any]) -> None:
-    # the logger makes its tables by metric_list, which a task that computes its own metrics may lack
-    logger.task_names = [
-        name
-        for name in logger.task_names
-        if name in results["samples"] and (results["configs"].get(name) or {}).get("metric_list")
-    ]
+    # a group without an aggregate metric has a row among the results but is not listed as a group: the logger would
+    # take it for a task and fail for want of its samples; and a task that computes its own metrics may lack the
+    # metric_list by which the logger makes its tables
+    logger.task_names = [name for name in logger.task_names if (results["configs"].get(name) or {}).get("metric_list")]
     logger.log_eval_samples(results["samples"])

@@ -116,6 +116,27 @@ def test_asset_names_are_resolved(folder: Path, data: Path, tmp_path: Path, monk
         main(["--model", "asset:smolm", "--tasks", TASKS[1], "--data-dir", str(data)])
 
 
+def test_both_forms_of_mole_score_the_same(tiny_tokenizer: Any, data: Path, tmp_path: Path) -> None:
+    from tenfold.lightning_modules import decoder_config
+    from tenfold.lightning_modules.mole.convert import export_lookup
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(decoder_config("mole-tiny-4e", vocab_size=320)).eval()
+    model.save_pretrained(tmp_path / "experts")
+    tiny_tokenizer.tokenizer.save_pretrained(tmp_path / "experts")
+    export_lookup(model, tmp_path / "lookup", tokenizer=tiny_tokenizer.tokenizer, dtype="float32")
+    stored = {}
+    for form in ("experts", "lookup"):
+        assert main(arguments(tmp_path / form, data, tmp_path / f"scores-{form}")) == 0
+        stored[form] = json.loads((tmp_path / f"scores-{form}" / "results.json").read_text())
+    for task in TASKS:
+        for key, value in stored["experts"]["results"][task].items():
+            if isinstance(value, float):
+                assert stored["lookup"]["results"][task][key] == pytest.approx(value, rel=1e-5), key
+    assert stored["experts"]["tenfold"]["model_digest"] != stored["lookup"]["tenfold"]["model_digest"]
+
+
 def test_offline_wandb(folder: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     assert main(arguments(folder, data, output, "--limit", "2", "--wandb", "tests", "--wandb-offline")) == 0

@@ -190,6 +190,21 @@ def test_refuses_logits_that_are_not_numbers(
     assert not (tmp_path / "results").exists()
 
 
+def test_stops_at_the_first_answer_that_is_no_number(
+    own_llama: Any, tiny_tokenizer: Any, wikipedia_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    forward = type(own_llama).forward
+    monkeypatch.setattr(type(own_llama), "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    with torch.no_grad():
+        own_llama.lm_head.weight[7, 3] = math.nan
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        evaluate_model(
+            own_llama, tokenizer=tiny_tokenizer.tokenizer, tasks=TASKS[1:], data_dir=wikipedia_data, batch_size=1
+        )
+    assert len(calls) == 1
+
+
 def test_refuses_impossible_tokens(
     own_llama: Any, tiny_tokenizer: Any, wikipedia_data: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -125,7 +125,12 @@ def test_a_file_rewritten_in_place_is_read_anew(local: Path) -> None:
     for goal in ("first", "second"):
         write_rows(local / "piqa" / "validation.jsonl", [PIQA_ROWS[0] | {"goal": goal}])
         with select_tasks(["piqa"], data_dirs=[local]) as found:
-            assert found.tasks["piqa"].eval_docs[0]["goal"] == goal
+            docs = found.tasks["piqa"].eval_docs
+            assert docs[0]["goal"] == goal
+            (converted,) = (Path(file["filename"]) for file in docs.cache_files)
+            assert converted.exists()
+        # and nothing is left in the user's cache
+        assert not converted.exists()
 
 
 def test_examples_come_from_their_split(local: Path) -> None:
