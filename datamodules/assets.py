@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .asset_files import AssetFile, Part, collect, remove_folder, state_of_downloads
 from .summaries import write_summaries
@@ -47,7 +47,7 @@ class Asset:
     attribution: str = ""
 
 
-def _convert_model(dtype: str) -> Callable[[list[Path], Path], None]:
+def _convert_model(dtype: Literal["float32", "bfloat16"]) -> Callable[[list[Path], Path], None]:
     def convert(files: list[Path], folder: Path) -> None:
         from .gguf_conversion import convert_gguf
 

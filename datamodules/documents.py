@@ -1,4 +1,4 @@
-"""Documents from local files or a hub data set, and their membership in a split."""
+"""Documents from local files, folders and hub data sets, and the rule that sends each to one split."""
 
 import gzip
 import hashlib
@@ -9,157 +9,175 @@ from typing import Any, Literal
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
-Document = dict[str, str]
-SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
+EXTENSIONS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
+SECTION_BYTES = 4096
 
 
 def split_of(text: str, *, val_fraction: float, test_fraction: float, split_seed: int = 0) -> Split:
-    """The split of a document: a hash of its text, so that equal texts never fall into two splits, in any order.
+    """The split that a document belongs to, from its text alone.
+
+    The same text is never in two splits, and adding, removing or reordering other documents moves none.
 
     Args:
         text: the document.
-        val_fraction: share of documents for validation (0 to 1).
-        test_fraction: share of documents for testing (0 to 1).
-        split_seed: another seed gives another split.
+        val_fraction: expected share of documents held out for validation.
+        test_fraction: expected share held out for testing.
+        split_seed: another seed gives another, independent choice.
 
-    >>> split_of("a text", val_fraction=0.0, test_fraction=0.0)
+    >>> split_of("a document", val_fraction=0.0, test_fraction=0.0)
     'train'
     """
-    digest = hashlib.blake2b(f"{split_seed}\0{text}".encode(), digest_size=8).digest()
-    position = int.from_bytes(digest, "big") / 2**64
-    if position < test_fraction:
+    digest = hashlib.blake2b(
+        text.encode("utf-8", "surrogatepass"), digest_size=8, salt=split_seed.to_bytes(16, "little", signed=True)
+    )
+    place = int.from_bytes(digest.digest(), "little") / 2**64
+    if place < test_fraction:
         return "test"
-    return "val" if position < test_fraction + val_fraction else "train"
+    return "val" if place < test_fraction + val_fraction else "train"
 
 
-def check_fractions(val_fraction: float, test_fraction: float) -> None:
-    """Raise a ValueError unless both shares leave something to train on."""
-    for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} {value} is not a share from 0 up to 1; 0.02 holds out one document in fifty")
-    if val_fraction + test_fraction >= 1:
-        raise ValueError(
-            f"val_fraction {val_fraction} and test_fraction {test_fraction} leave nothing to train on; lower them"
-        )
-
-
-def text_files(path: Path) -> list[Path]:
-    """The readable files at a path, sorted: the file itself, or all of a folder and its sub-folders.
+def list_files(data: Path) -> list[Path]:
+    """Text files that a path stands for, in a stable order.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: a file of another kind, or a folder without any of ours.
+        FileNotFoundError: there is no such path.
+        ValueError: the extension is not known, or a folder holds no file with a known one.
     """
-    if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise ValueError(
-                f"{path} is not one of {', '.join(SUFFIXES)}; convert it, or rename it if it is plain text"
-            )
-        return [path]
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; name a text file, a folder, asset:NAME or a hub data set")
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
+    known = ", ".join(EXTENSIONS)
+    if data.is_file():
+        if not data.name.lower().endswith(EXTENSIONS):
+            raise ValueError(f"{data}: the extension {data.suffix!r} is not one of {known}")
+        return [data]
+    if not data.is_dir():
+        raise FileNotFoundError(
+            f"{data} does not exist; give a file or folder with {known}, asset:NAME or a hub data set"
+        )
+    files = [path for path in sorted(data.rglob("*")) if path.is_file() and path.name.lower().endswith(EXTENSIONS)]
+    files = [path for path in files if not any(p.startswith(".") for p in path.relative_to(data).parts)]
     if not files:
-        raise ValueError(f"{path} holds no file that ends in {', '.join(SUFFIXES)}")
+        raise ValueError(f"{data} holds no file with one of the extensions {known}")
     return files
 
 
-def read_documents(files: list[Path], text_field: str) -> Iterator[Document]:
-    """Documents with `title` (the file's name where there is none) and `text`; blank ones are left out.
+def digest_of_files(files: list[Path], root: Path) -> str:
+    """SHA-256 over the names (below `root`) and contents of files, as hexadecimal digits."""
+    total = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        name = path.relative_to(root).as_posix() if root.is_dir() else path.name
+        # the extension decides how a file is read; names otherwise do not change documents, only their order
+        total.update(f"{name}\0{content}\n".encode())
+    return total.hexdigest()
 
-    A text or Markdown file is one document. In the other formats a row is one, `text_field` its text.
+
+def read_documents(path: Path, *, text_field: str = "text") -> Iterator[dict[str, str]]:
+    """Documents of one file, each with `text` and, where the record has one, `title`.
+
+    A `.txt` or `.md` file is one document; one of more than `SECTION_BYTES` is cut at blank lines into sections of at
+    least that size, so that a single book has parts to hold out and a large file is never in memory as a whole.
+    `.jsonl` and `.parquet` give one document per record. Documents of nothing but white space are left out.
 
     Raises:
-        ValueError: a binary file, or a row that cannot be read; the message says where.
+        ValueError: not UTF-8, NUL bytes, a record without the field or with something else than a string in it.
     """
-    for file in files:
-        if file.name.endswith((".txt", ".md")):
-            rows: Iterator[Document] = iter([{"title": file.stem, "text": _decode(file.read_bytes(), file)}])
-        elif file.suffix == ".parquet":
-            rows = _parquet_rows(file, text_field)
-        else:
-            rows = _jsonl_rows(file, text_field)
-        for row in rows:
-            if row["text"].strip():
-                yield row
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        records = _read_parquet(path, text_field)
+    elif name.endswith((".jsonl", ".jsonl.gz")):
+        records = _read_jsonl(path, text_field)
+    else:
+        records = ({"text": section} for section in _read_sections(path))
+    for record in records:
+        if record["text"].strip():
+            yield record
 
 
-def _decode(data: bytes, file: Path) -> str:
-    if (offset := data.find(b"\0")) >= 0:
-        raise ValueError(f"{file} has a NUL byte at offset {offset}: it is not text; leave it out")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 at offset {error.start}; convert it to UTF-8") from error
-
-
-def _jsonl_rows(file: Path, text_field: str) -> Iterator[Document]:
-    opener: Any = gzip.open if file.suffix == ".gz" else open
-    with opener(file, "rb") as stream:
+def _lines(path: Path) -> Iterator[str]:
+    source: Any = gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb")  # noqa: SIM115
+    offset = 0
+    with source:
         try:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield _row(_decode(line, file), f"{file}, line {number}", text_field)
+            for line in source:
+                try:
+                    text = line.decode("utf-8-sig" if offset == 0 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise ValueError(
+                        f"{path} is not UTF-8 text: byte {line[error.start]:#04x} at offset {offset + error.start}"
+                    ) from error
+                if "\0" in text:
+                    raise ValueError(f"{path} is a binary file: NUL byte at offset {offset + line.index(0)}")
+                offset += len(line)
+                yield text
         except (gzip.BadGzipFile, EOFError) as error:
-            raise ValueError(f"{file} cannot be unpacked: {error}; fetch it again") from error
+            raise ValueError(f"{path} is not a whole gzip file: {error}") from error
 
 
-def _row(line: str, where: str, text_field: str) -> Document:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-    text = row.get(text_field) if isinstance(row, dict) else None
+def _read_sections(path: Path) -> Iterator[str]:
+    section: list[str] = []
+    size = 0
+    for line in _lines(path):
+        section.append(line)
+        size += len(line.encode())
+        # without blank lines in reach, any line end will do
+        if (size >= SECTION_BYTES and not line.strip()) or size >= 16 * SECTION_BYTES:
+            yield "".join(section)
+            section, size = [], 0
+    yield "".join(section)
+
+
+def _record(row: dict[str, Any], text_field: str, where: str) -> dict[str, str]:
+    text = row.get(text_field)
     if not isinstance(text, str):
-        fields = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{where}: no text under {text_field!r}, there is {fields}; set text_field")
-    return {"title": str(row.get("title") or ""), "text": text}
+        found = f"{type(text).__name__} in it" if text_field in row else f"only {', '.join(map(str, row)) or 'nothing'}"
+        raise ValueError(f"{where}: no text in field {text_field!r}, {found}; set text_field")
+    title = row.get("title")
+    return {"title": title, "text": text} if isinstance(title, str) and text_field != "title" else {"text": text}
 
 
-def _parquet_rows(file: Path, text_field: str) -> Iterator[Document]:
+def _read_jsonl(path: Path, text_field: str) -> Iterator[dict[str, str]]:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{path}, line {number}: a {type(row).__name__} where an object with {text_field!r} is due"
+            )
+        yield _record(row, text_field, f"{path}, line {number}")
+
+
+def _read_parquet(path: Path, text_field: str) -> Iterator[dict[str, str]]:
+    import pyarrow
+    import pyarrow.parquet
+
     try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError(f"{file}: Parquet needs pyarrow; pip install 'tenfold[data]'") from error
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{file} is not a whole Parquet file: {error}") from error
-    names = table.schema_arrow.names
-    if text_field not in names:
-        raise ValueError(f"{file}: no column {text_field!r}, there is {', '.join(names)}; set text_field")
-    columns = [text_field, *(["title"] if "title" in names and text_field != "title" else [])]
-    for batch in table.iter_batches(columns=columns):
-        for row in batch.to_pylist():
-            yield {"title": str(row.get("title") or ""), "text": row[text_field] or ""}
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is not a readable Parquet file: {' '.join(str(error).split())}") from error
+    with file:
+        names = file.schema_arrow.names
+        if text_field not in names:
+            raise ValueError(f"{path}: no text in field {text_field!r}, only {', '.join(names)}; set text_field")
+        columns = [name for name in (text_field, "title") if name in names]
+        row = 0
+        for batch in file.iter_batches(batch_size=1024, columns=columns):
+            for record in batch.to_pylist():
+                row += 1
+                yield _record(record, text_field, f"{path}, row {row}")
 
 
-def hub_documents(name: str, *, config: str | None, split: str, revision: str | None, text_field: str) -> Any:
-    """A hub data set, fetched once into the hub's own cache; its `fingerprint` names the content.
-
-    Raises:
-        ValueError: it cannot be had, or has no such column.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(f"{name} is no local path, and hub data sets need: pip install 'tenfold[data]'") from error
-    try:
-        data = datasets.load_dataset(name, config, split=split, revision=revision)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{name} is neither a local path nor a hub data set within reach: {reason}") from error
-    if text_field not in data.column_names:
-        raise ValueError(f"{name}: no column {text_field!r}, there is {', '.join(data.column_names)}; set text_field")
-    return data
-
-
-def files_digest(files: list[Path]) -> str:
-    """SHA-256 over names and contents of files."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + b"\0")
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+def read_hub_rows(dataset: Any, name: str, *, text_field: str) -> Iterator[dict[str, str]]:
+    """Documents of a loaded hub data set; errors as in `read_documents`."""
+    columns = [column for column in (text_field, "title") if column in dataset.column_names]
+    if text_field not in columns:
+        raise ValueError(
+            f"{name}: no text in field {text_field!r}, only {', '.join(dataset.column_names)}; set text_field"
+        )
+    for row, record in enumerate(dataset.select_columns(columns), start=1):
+        document = _record(record, text_field, f"{name}, row {row}")
+        if document["text"].strip():
+            yield document

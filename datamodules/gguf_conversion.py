@@ -159,7 +159,7 @@ def _state(
 
 
 def _half_split_rotation(weight: "torch.Tensor", heads: int) -> "torch.Tensor":
-    """Reorder rows from GGUF's rotary layout for llama (pairs side by side) to transformers' (first and second half)."""
+    """Reorder rows from the rotary layout of GGUF (pairs side by side) to that of transformers (two halves)."""
     per_head = weight.shape[0] // heads
     pairs = weight.reshape(heads, per_head // 2, 2, *weight.shape[1:])
     return pairs.transpose(1, 2).reshape(weight.shape)

@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
-
-from .token_store import TokenSplit
 
 IGNORED = -100
 
@@ -19,18 +18,20 @@ class PackedSequences(Dataset[dict[str, Tensor]]):
     (), the UTF-8 bytes of the tokens that are predicted, that is all but the first.
 
     Args:
-        split: tokens and byte lengths.
+        tokens: (S,) ids of the split.
+        byte_lengths: (V,) bytes of text that each id stands for.
         length: T.
         keep_partial: pad the last, incomplete sequence instead of dropping it.
         pad_id: id at padding.
     """
 
-    def __init__(self, split: TokenSplit, length: int, *, keep_partial: bool, pad_id: int) -> None:
-        self.split, self.length, self.pad_id = split, length, pad_id
-        size = len(split.tokens)
-        full = size // length
+    def __init__(
+        self, tokens: np.ndarray, byte_lengths: np.ndarray, *, length: int, keep_partial: bool, pad_id: int
+    ) -> None:
+        self.tokens, self.byte_lengths, self.length, self.pad_id = tokens, byte_lengths, length, pad_id
+        full = len(tokens) // length
         # a last sequence of one token predicts nothing
-        self.count = full + int(keep_partial and size - full * length > 1)
+        self.count = full + int(keep_partial and len(tokens) - full * length > 1)
 
     def __len__(self) -> int:
         """Number of sequences."""
@@ -40,13 +41,12 @@ class PackedSequences(Dataset[dict[str, Tensor]]):
         """One sequence."""
         if not 0 <= index < self.count:
             raise IndexError(index)
-        piece = slice(index * self.length, (index + 1) * self.length)
-        tokens = self.split.tokens[piece].long()
+        tokens = torch.from_numpy(self.tokens[index * self.length : (index + 1) * self.length].astype(np.int64))
         padding = self.length - len(tokens)
         return {
             "input_ids": torch.nn.functional.pad(tokens, (0, padding), value=self.pad_id),
             "labels": torch.nn.functional.pad(tokens, (0, padding), value=IGNORED),
-            "num_bytes": self.split.byte_lengths[piece][1:].sum(dtype=torch.int64),
+            "num_bytes": torch.tensor(self.byte_lengths[tokens[1:].numpy()].sum(dtype=np.int64)),
         }
 
 

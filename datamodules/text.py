@@ -15,19 +15,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
 from .assets import cache_dir, resolve
-from .documents import (
-    SPLITS,
-    Document,
-    Split,
-    check_fractions,
-    files_digest,
-    hub_documents,
-    read_documents,
-    split_of,
-    text_files,
-)
+from .documents import SPLITS, Split, digest_of_files, list_files, read_documents, read_hub_rows, split_of
 from .packing import PackedSequences, ResumableDataLoader, ResumableSampler
-from .token_store import TokenSplit, open_store, write_store
+from .token_store import TokenStore, write_token_store
+from .tokenizer_folder import bpe_vocabulary, load_tokenizer, tokenizer_digest, train_bpe
 
 # raised when tokenising or splitting changes, so that old stores are made again
 _FORMAT = 1
@@ -54,6 +45,7 @@ class TextDataModule(LightningDataModule):
         split_seed: another seed holds out other documents.
         seed: of the training order.
         num_workers: loader processes.
+        num_proc: processes that tokenise; 0 uses the threads of the tokenizers library.
         text_field: field or column that holds the text.
         hub_config: configuration of a hub data set.
         hub_split: split of a hub data set that is read.
@@ -79,6 +71,7 @@ class TextDataModule(LightningDataModule):
         split_seed: int = 0,
         seed: int = 0,
         num_workers: int = 0,
+        num_proc: int = 0,
         text_field: str = "text",
         hub_config: str | None = None,
         hub_split: str = "train",
@@ -86,7 +79,13 @@ class TextDataModule(LightningDataModule):
         cache: str | None = None,
     ) -> None:
         super().__init__()
-        check_fractions(val_fraction, test_fraction)
+        for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} {value} is not a share from 0 up to 1; 0.02 holds out one document in fifty")
+        if val_fraction + test_fraction >= 1:
+            raise ValueError(
+                f"val_fraction {val_fraction} and test_fraction {test_fraction} leave nothing to train on; lower them"
+            )
         if sequence_length < 2:
             raise ValueError(f"sequence_length {sequence_length} predicts nothing; use 2 or more")
         if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
@@ -94,15 +93,19 @@ class TextDataModule(LightningDataModule):
         self.data, self.tokenizer_source = data, tokenizer
         self.sequence_length, self.batch_size = sequence_length, batch_size
         self.eval_batch_size = eval_batch_size or batch_size
-        self.fractions = {"val_fraction": val_fraction, "test_fraction": test_fraction, "split_seed": split_seed}
+        self.fractions: dict[str, Any] = {
+            "val_fraction": val_fraction,
+            "test_fraction": test_fraction,
+            "split_seed": split_seed,
+        }
         self.seed, self.num_workers, self.text_field = seed, num_workers, text_field
         self.hub: dict[str, Any] = {"config": hub_config, "split": hub_split, "revision": hub_revision}
-        self.cache = cache
+        self.num_proc, self.cache = num_proc, cache
         self.tokenizer: Any = None
         self.tokenizer_folder: str | None = None
         self.digest: str | None = None
-        self._splits: dict[str, TokenSplit] = {}
-        self._files: list[Path] | None = None
+        self._store: TokenStore | None = None
+        self._path: Path | None = None
         self._hub: Any = None
 
     @property
@@ -110,113 +113,110 @@ class TextDataModule(LightningDataModule):
         """Entries of the tokenizer, added ones included; None before the data are prepared."""
         return None if self.tokenizer is None else len(self.tokenizer)
 
-    def documents(self, split: Split | None = None) -> Iterator[Document]:
-        """Documents with `title` and `text`, of one split or all, in the order of the source."""
+    def documents(self, split: Split | None = None) -> Iterator[dict[str, str]]:
+        """Documents with `text` and, where the source has one, `title`; of one split or all, in the source's order."""
         for document in self._all_documents():
-            if split is None or split_of(document["text"], **self.fractions) == split:  # type: ignore[arg-type]
+            if split is None or self._split(document) == split:
                 yield document
 
-    def _all_documents(self) -> Iterator[Document]:
+    def _split(self, document: dict[str, str]) -> Split:
+        return split_of(document["text"], **self.fractions)
+
+    def _all_documents(self) -> Iterator[dict[str, str]]:
         self._locate()
-        if self._files is not None:
-            yield from read_documents(self._files, self.text_field)
+        if self._path is None:
+            yield from read_hub_rows(self._hub, self.data, text_field=self.text_field)
             return
-        for row in self._hub:
-            if (text := row[self.text_field] or "").strip():
-                yield {"title": str(row.get("title") or ""), "text": text}
+        for file in list_files(self._path):
+            yield from read_documents(file, text_field=self.text_field)
 
     def _locate(self) -> None:
-        if self._files is not None or self._hub is not None:
+        if self._path is not None or self._hub is not None:
             return
         path = Path(resolve(self.data)).expanduser()
-        looks_like_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.data) and not path.name.endswith(
-            (".txt", ".md", ".jsonl", ".gz", ".parquet", ".json", ".csv")
-        )
+        # a hub id is `name` or `owner/name`; anything else, and anything with a known ending, means a path
+        looks_like_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.data) and not path.suffix
         if path.exists() or not looks_like_hub:
-            self._files = text_files(path)
+            list_files(path)
+            self._path = path
         else:
-            self._hub = hub_documents(self.data, text_field=self.text_field, **self.hub)
+            self._hub = _load_hub(self.data, self.hub)
 
     def _data_digest(self) -> str:
         self._locate()
-        if self._files is None:
-            return hashlib.sha256(str(self._hub._fingerprint).encode()).hexdigest()
-        return files_digest(self._files)
+        if self._path is None:
+            return str(self._hub._fingerprint)
+        return digest_of_files(list_files(self._path), self._path)
 
     def prepare_data(self) -> None:
         """Train the tokenizer and fill the store where they are missing. One process does it, the others wait."""
-        self.tokenizer_folder = self._prepare_tokenizer()
-        self.tokenizer = _load_tokenizer(self.tokenizer_folder)
+        self._open_tokenizer()
         path = self._store_path()
         with _locked(path):
             try:
-                splits = open_store(path)
+                store = TokenStore(path, verify=True)
             except FileNotFoundError:
-                splits = None
+                store = None
             except ValueError as error:
                 rank_zero_info(f"{error}; tokenising again")
-                splits = None
-            if splits is None:
+                store = None
+            if store is None:
                 rank_zero_info(f"tokenising {self.data} into {path}")
-                texts = {str(name): (document["text"] for document in self.documents(name)) for name in SPLITS}
-                write_store(path, texts, self.tokenizer, {"data": self.data, "tokenizer": self.tokenizer_source})
-                splits = open_store(path)
-        self._check(splits)
+                documents = ((self._split(document), document["text"]) for document in self._all_documents())
+                metadata = {"data": self.data, "tokenizer": self.tokenizer_source}
+                write_token_store(path, documents, tokenizer=self.tokenizer, metadata=metadata, num_proc=self.num_proc)
+                store = TokenStore(path)
+        self._check(store)
 
     def setup(self, stage: str) -> None:
         """Open the store."""
-        if self._splits:
-            return
+        if self._store is None:
+            self._open_tokenizer()
+            self._store = TokenStore(self._store_path())
+            self._check(self._store)
+
+    def _open_tokenizer(self) -> None:
         if self.tokenizer is None:
             self.tokenizer_folder = self._prepare_tokenizer()
-            self.tokenizer = _load_tokenizer(self.tokenizer_folder)
-        self._splits = open_store(self._store_path())
-        self._check(self._splits)
+            self.tokenizer = load_tokenizer(self.tokenizer_folder)
 
     def _cache_folder(self, kind: str) -> Path:
         return (Path(self.cache) if self.cache else cache_dir()) / kind
 
     def _prepare_tokenizer(self) -> str:
-        match = re.fullmatch(r"bpe:(\d+)", self.tokenizer_source)
-        if match is None:
-            if self.tokenizer_source.startswith("bpe"):
-                raise ValueError(f"tokenizer {self.tokenizer_source!r}: write bpe:ENTRIES, as in bpe:4096")
+        size = bpe_vocabulary(self.tokenizer_source)
+        if size is None:
             return resolve(self.tokenizer_source)
         key = _key(self._data_digest(), self.text_field, self.fractions, self.tokenizer_source, _FORMAT)
         folder = self._cache_folder("tokenizers") / key
         with _locked(folder):
             if not (folder / "tokenizer.json").exists():
-                from .bpe import train_bpe
-
                 self._check_not_empty()
-                rank_zero_info(f"training a byte-level BPE of {match[1]} entries into {folder}")
-                train_bpe((document["text"] for document in self.documents("train")), int(match[1]), folder)
+                rank_zero_info(f"training a byte-level BPE of {size} entries into {folder}")
+                train_bpe((document["text"] for document in self.documents("train")), size, folder)
         return str(folder)
 
     def _check_not_empty(self) -> None:
         if next(self.documents("train"), None) is None:
-            raise ValueError(
-                f"{self.data} has no document with text to train on; every file or row is blank or held out"
-            )
+            raise ValueError(f"{self.data} has no document with text to train on; every one is blank or held out")
 
     def _store_path(self) -> Path:
-        vocabulary = json.dumps(self.tokenizer.backend_tokenizer.to_str())
-        tokenizer = hashlib.sha256(f"{vocabulary}{self.tokenizer.eos_token_id}".encode()).hexdigest()
+        tokenizer = tokenizer_digest(self.tokenizer)
         self.digest = _key(self._data_digest(), self.text_field, self.fractions, tokenizer, _FORMAT)
         return self._cache_folder("tokens") / f"{self.digest}.tenfold"
 
-    def _check(self, splits: dict[str, TokenSplit]) -> None:
-        if splits["train"].num_documents == 0:
+    def _check(self, store: TokenStore) -> None:
+        if store.num_documents("train") == 0:
             self._check_not_empty()
-        available = len(splits["train"].tokens)
+        available = len(store.tokens("train"))
         if available < self.sequence_length:
             raise ValueError(
                 f"the training split of {self.data} has {available} tokens, one sequence needs {self.sequence_length}; "
                 f"lower sequence_length or add text"
             )
-        for name in ("val", "test"):
+        for name in SPLITS[1:]:
             fraction = self.fractions[f"{name}_fraction"]
-            if fraction > 0 and splits[name].num_documents == 0:
+            if fraction > 0 and store.num_documents(name) == 0:
                 raise ValueError(
                     f"no document of {self.data} falls into the {name} split with {name}_fraction {fraction}; "
                     f"raise it, split the text into more documents, or set it to 0"
@@ -227,9 +227,11 @@ class TextDataModule(LightningDataModule):
         if not train and self.fractions[f"{name}_fraction"] == 0:
             return []
         pad_id = self.tokenizer.pad_token_id
+        assert self._store is not None
         dataset = PackedSequences(
-            self._splits[name],
-            self.sequence_length,
+            self._store.tokens(name),
+            self._store.byte_lengths,
+            length=self.sequence_length,
             keep_partial=not train,
             pad_id=self.tokenizer.eos_token_id if pad_id is None else pad_id,
         )
@@ -269,14 +271,16 @@ class TextDataModule(LightningDataModule):
         return self._loader("test")
 
 
-def _load_tokenizer(folder: str) -> Any:
-    from transformers import AutoTokenizer
-
+def _load_hub(name: str, options: dict[str, Any]) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"{name} is no local path, and hub data sets need: pip install 'tenfold[data]'") from error
+    try:
+        return datasets.load_dataset(name, options["config"], split=options["split"], revision=options["revision"])
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"no tokenizer can be loaded from {folder}: {reason}") from error
+        raise ValueError(f"{name} is neither a local path nor a hub data set within reach: {reason}") from error
 
 
 def _key(*parts: Any) -> str:

@@ -1,141 +1,194 @@
-"""Token ids of a corpus, written once and memory-mapped: one part per split, with each token's length in bytes."""
+"""Tokens of a text data set on disk: written once in bounded memory, then memory-mapped by every process.
 
+A store is a tensor file with one part of token ids per split (each document followed by the eos token) and the number
+of text bytes that each vocabulary entry stands for.
+"""
+
+import contextlib
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..kernels.tensor_file import TensorFile, TensorFileWriter
+from .documents import SPLITS, Split
+from .tokenizer_folder import token_byte_lengths
 
-MAGIC = b"TF-TOKEN"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MAGIC = b"TFTOKENS"
 VERSION = 1
-DOCUMENTS_PER_BATCH = 256
+_BATCH_DOCUMENTS = 512
+_COPY_TOKENS = 2**22
+_log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TokenSplit:
-    """One split of a store.
-
-    tokens: (S,) ids, an end-of-text token after each document; byte_lengths: (S,) uint8, UTF-8 bytes of each token, 0
-    for the end of text; num_documents: how many there are.
-    """
-
-    tokens: Tensor
-    byte_lengths: Tensor
-    num_documents: int
-
-
-def open_store(path: Path) -> dict[str, TokenSplit]:
-    """Splits of a store by name.
-
-    Raises:
-        ValueError: truncated or altered.
-    """
-    file = TensorFile(path, magic=MAGIC, version=VERSION)
-    return {
-        name: TokenSplit(file.memory_map(f"{name}_tokens"), file.memory_map(f"{name}_byte_lengths"), count)
-        for name, count in file.metadata["num_documents"].items()
-    }
-
-
-def write_store(path: Path, splits: Mapping[str, Iterable[str]], tokenizer: Any, metadata: dict[str, Any]) -> None:
-    """Tokenise documents and write them.
-
-    The tokenizer works on many documents at once, on all cores. How many tokens there are is known only afterwards, so
-    they go to a spool file beside the store first.
+class TokenStore:
+    """Read access to a store.
 
     Args:
-        path: final name.
-        splits: documents of each split.
-        tokenizer: a fast transformers tokenizer with an end-of-text token.
-        metadata: kept in the header.
+        path: the file.
+        verify: read everything once and compare checksums.
 
     Raises:
-        ValueError: no end-of-text token; an id outside the vocabulary; a slow tokenizer.
+        ValueError: the file is truncated, altered or of another version.
+        FileNotFoundError: there is none.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "the tokenizer names no eos_token, which has to end every document; set one in its configuration"
-        )
-    if not tokenizer.is_fast:
-        raise ValueError("the tokenizer is a slow one and gives no offsets; use its fast form")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # the store keeps ids in int32, which memory-maps into torch without a copy
-    spools = {name: path.with_name(f".{path.name}.{os.getpid()}.{name}.spool") for name in splits}
-    sizes, counts = {}, {}
-    try:
-        for name, texts in splits.items():
-            sizes[name], counts[name] = _spool(texts, tokenizer, spools[name])
-        parts: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for name, size in sizes.items():
-            parts |= {f"{name}_tokens": ("int32", (size,)), f"{name}_byte_lengths": ("uint8", (size,))}
-        header = metadata | {"num_documents": counts}
-        with TensorFileWriter(path, magic=MAGIC, version=VERSION, parts=parts, metadata=header) as writer:
-            for name in splits:
-                for column, dtype in (("tokens", np.int32), ("byte_lengths", np.uint8)):
-                    for block in _blocks(spools[name].with_suffix(f".{column}"), dtype):
-                        writer.write(f"{name}_{column}", block)
-    finally:
-        for spool in spools.values():
-            for column in ("tokens", "byte_lengths"):
-                spool.with_suffix(f".{column}").unlink(missing_ok=True)
+
+    def __init__(self, path: Path, *, verify: bool = False) -> None:
+        file = TensorFile(path, magic=MAGIC, version=VERSION)
+        if verify:
+            file.verify()
+        self.path = path
+        self.metadata: dict[str, Any] = file.metadata
+        self._file = file
+        self.byte_lengths: np.ndarray = file.read("byte_lengths").numpy()
+
+    def tokens(self, split: Split) -> np.ndarray:
+        """Token ids of a split as one read-only memory map: (tokens,) uint16 or uint32."""
+        tokens = self._file.memory_map(split).numpy()
+        tokens.flags.writeable = False
+        return tokens
+
+    def num_documents(self, split: Split) -> int:
+        """Documents in a split."""
+        return int(self.metadata["documents"][split])
 
 
-def _spool(texts: Iterable[str], tokenizer: Any, spool: Path) -> tuple[int, int]:
-    size = count = 0
-    limit = len(tokenizer)
-    with open(spool.with_suffix(".tokens"), "wb") as tokens, open(spool.with_suffix(".byte_lengths"), "wb") as lengths:
-        for batch in batched(texts, DOCUMENTS_PER_BATCH):
-            encoded = tokenizer(list(batch), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            for text, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-                row = np.array([*ids, tokenizer.eos_token_id], dtype=np.int32)
-                if row.max() >= limit:
-                    raise ValueError(f"the tokenizer gives id {row.max()}, it has only {limit} entries; it is damaged")
-                row.tofile(tokens)
-                np.array([*byte_lengths(text, offsets), 0], dtype=np.uint8).tofile(lengths)
-                size += len(row)
-                count += 1
-    return size, count
-
-
-def byte_lengths(text: str, offsets: list[tuple[int, int]]) -> Iterator[int]:
-    """UTF-8 bytes that each token adds to the text, so that they sum to the text's.
-
-    Offsets are in characters, and several tokens may share one character: the character's bytes count for the last of
-    them. Characters that no token covers (white space that a tokenizer drops) count for the next token.
-    Lengths above 255 are cut, which no vocabulary in use comes near.
-
-    >>> list(byte_lengths("héllo", [(0, 2), (2, 5)]))
-    [3, 3]
-    """
-    # bytes before each character position
-    widths = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    before = np.concatenate(([0], np.cumsum(1 + (widths > 0x7F) + (widths > 0x7FF) + (widths > 0xFFFF))))
-    done = 0
-    for index, (_, end) in enumerate(offsets):
-        following = offsets[index + 1][0] if index + 1 < len(offsets) else len(text)
-        # a character that goes on in the next token is finished there
-        reached = int(before[min(end, max(following, 0))]) if following < end else int(before[end])
-        if index + 1 == len(offsets):
-            reached = int(before[-1])
-        yield min(max(reached - done, 0), 255)
-        done = max(done, reached)
-
-
-def batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Lists of up to `size` items."""
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
+def _batches(documents: Iterable[tuple[Split, str]]) -> Iterator[list[tuple[Split, str]]]:
+    iterator = iter(documents)
+    while batch := list(islice(iterator, _BATCH_DOCUMENTS)):
         yield batch
 
 
-def _blocks(path: Path, dtype: Any, count: int = 2**22) -> Iterator[Tensor]:
+_worker_tokenizer: Any = None
+
+
+def _start_worker(serialized: str) -> None:
+    global _worker_tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from tokenizers import Tokenizer
+
+    _worker_tokenizer = Tokenizer.from_str(serialized)
+    _worker_tokenizer.encode_special_tokens = True
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+
+def _encode_in_worker(texts: list[str]) -> list[np.ndarray]:
+    return _encode(_worker_tokenizer, texts)
+
+
+def _encoded(
+    documents: Iterable[tuple[Split, str]], serialized: str, num_proc: int
+) -> Iterator[tuple[list[tuple[Split, str]], list[np.ndarray]]]:
+    """Batches of documents with their ids, in order, few of them in memory at a time."""
+    from tokenizers import Tokenizer
+
+    if num_proc == 0:
+        tokenizer = Tokenizer.from_str(serialized)
+        # text that looks like a special token is text: documents cannot end themselves
+        tokenizer.encode_special_tokens = True
+        for batch in _batches(documents):
+            yield batch, _encode(tokenizer, [text for _, text in batch])
+        return
+    pending: deque[tuple[list[tuple[Split, str]], Future[list[np.ndarray]]]] = deque()
+    with ProcessPoolExecutor(
+        num_proc, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(serialized,)
+    ) as pool:
+        for batch in _batches(documents):
+            pending.append((batch, pool.submit(_encode_in_worker, [text for _, text in batch])))
+            if len(pending) > 2 * num_proc:
+                done, future = pending.popleft()
+                yield done, future.result()
+        while pending:
+            done, future = pending.popleft()
+            yield done, future.result()
+
+
+def write_token_store(
+    path: Path,
+    documents: Iterable[tuple[Split, str]],
+    *,
+    tokenizer: "PreTrainedTokenizerFast",
+    metadata: dict[str, Any],
+    num_proc: int = 0,
+) -> None:
+    """Tokenise documents and write the store, whole or not at all.
+
+    Args:
+        path: final name.
+        documents: split and text of each, in the order in which they are to be packed.
+        tokenizer: has an eos token, which follows every document.
+        metadata: goes into the header beside the counts.
+        num_proc: processes that tokenise; 0 uses the threads of the tokenizers library in this one.
+
+    Raises:
+        ValueError: the tokenizer gives an id beyond its own size.
+        OSError: the disk is full.
+    """
+    lengths = token_byte_lengths(tokenizer)
+    dtype = np.dtype(np.uint16 if len(lengths) <= 2**16 else np.uint32)
+    eos = np.asarray([tokenizer.eos_token_id], dtype=dtype)
+    serialized = _without_run_time_settings(tokenizer)
+    counts: dict[str, dict[str, int]] = {name: dict.fromkeys(SPLITS, 0) for name in ("documents", "tokens", "bytes")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = {split: path.with_name(f".{path.name}.{os.getpid()}.{split}.tmp") for split in SPLITS}
+    started = reported = time.monotonic()
+    try:
+        with contextlib.ExitStack() as stack:
+            files = {split: stack.enter_context(open(raw[split], "wb")) for split in SPLITS}
+            for batch, encoded in _encoded(documents, serialized, num_proc):
+                for (split, text), ids in zip(batch, encoded, strict=True):
+                    if ids.size and ids.max() >= len(lengths):
+                        raise ValueError(
+                            f"the tokenizer gives id {ids.max()}, its vocabulary ends at {len(lengths) - 1}"
+                        )
+                    files[split].write(ids.astype(dtype).tobytes())
+                    files[split].write(eos.tobytes())
+                    counts["documents"][split] += 1
+                    counts["tokens"][split] += ids.size + 1
+                    counts["bytes"][split] += len(text.encode())
+                if time.monotonic() - reported > 10:
+                    reported = time.monotonic()
+                    rate = sum(counts["tokens"].values()) / (reported - started)
+                    _log.info("tokenising: %d documents, %.0f tokens/s", sum(counts["documents"].values()), rate)
+        parts: dict[str, tuple[str, tuple[int, ...]]] = {"byte_lengths": ("int32", (len(lengths),))}
+        parts |= {split: (dtype.name, (counts["tokens"][split],)) for split in SPLITS}
+        with TensorFileWriter(
+            path, magic=MAGIC, version=VERSION, parts=parts, metadata=metadata | counts | {"eos": int(eos[0])}
+        ) as writer:
+            writer.write("byte_lengths", lengths)
+            for split in SPLITS:
+                for piece in _pieces(raw[split], dtype):
+                    writer.write(split, piece)
+    finally:
+        for file in raw.values():
+            file.unlink(missing_ok=True)
+
+
+def _without_run_time_settings(tokenizer: "PreTrainedTokenizerFast") -> str:
+    from tokenizers import Tokenizer
+
+    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy.to_str()
+
+
+def _pieces(path: Path, dtype: np.dtype) -> Iterator[np.ndarray]:
     with open(path, "rb") as file:
-        while (block := np.fromfile(file, dtype=dtype, count=count)).size:
-            yield torch.from_numpy(block)
+        while (piece := np.fromfile(file, dtype=dtype, count=_COPY_TOKENS)).size:
+            yield piece
