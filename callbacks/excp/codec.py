@@ -142,13 +142,21 @@ class _Encoder:
         self.root = state_dict_path(checkpoint)
 
     def squared_step(self, parameter: Parameter, weight: Tensor) -> float:
+        """Squared norm of the weight's change since the last save; 0 where it is the same."""
+        values = as_float32(weight)
         last = None if self.previous is None else self.previous.get(parameter.name)
         if last is not None and last.shape == weight.shape:
-            return squared_norm(as_float32(weight) - as_float32(last))
-        change = squared_norm(as_float32(weight) - as_float32(self.reference.weights[parameter.name]))
-        error = self.reference.squared_errors.get(parameter.name, 0.0)
-        # the step and the error of the last save are taken to be uncorrelated
-        return change - error if change > error * (1 + 1e-6) else 0.0
+            step = squared_norm(values - as_float32(last))
+        else:
+            change = squared_norm(values - as_float32(self.reference.weights[parameter.name]))
+            error = self.reference.squared_errors.get(parameter.name, 0.0)
+            if abs(change - error) <= 1e-5 * error:
+                return 0.0
+            # triangle inequality: the step is at least the distance to the stored weight less the stored error;
+            # errors larger than steps come of fixed settings, where the step decides nothing
+            step = max(change**0.5 - error**0.5, 0.1 * change**0.5) ** 2
+        # a weight that is not finite is stored exactly in any case
+        return step if np.isfinite(step) else 1.0
 
     def unchanged(self, weight: Tensor, stored: Tensor, error: float = 0.0) -> CodedTensor:
         return CodedTensor("unchanged", {}, stored, squared_error=error)
@@ -304,7 +312,8 @@ def encode(
         reference: of the last save, from its `EncodedSave` or from `decode`; None makes a key frame.
         options: settings.
         previous_weights: the state dict of the last save before it was coded, against which steps are measured. None
-            estimates the steps from the errors that the last save reported; that saves memory for one set of weights.
+            takes the smallest steps that fit the errors which the last save reported: that saves the memory of one
+            set of weights, keeps `error_target` all the same, and makes saves larger.
         workers: threads that code tensors side by side.
 
     Returns:
@@ -370,8 +379,21 @@ def encode(
         "records": records,
         "report": report.to_dict(),
     }
-    rest = replace(checkpoint, dict.fromkeys([*places, *ties]))
+    rest = replace(_own(checkpoint, {*places, *ties}), dict.fromkeys([*places, *ties]))
     return EncodedSave(header, payload, rest, following)
+
+
+def _own(tree: Any, without: set[Path]) -> Any:
+    """The tree with its own copies of tensors, on the CPU; tensors that were one stay one."""
+    copies: dict[Any, Tensor] = {}
+    values: dict[Path, Tensor] = {}
+    for path, tensor in tensors_of(tree):
+        if path not in without:
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else path
+            if key not in copies:
+                copies[key] = tensor.detach().cpu().clone()
+            values[path] = copies[key]
+    return replace(tree, values)
 
 
 def _follow(following: Reference, name: str, coded: CodedTensor) -> None:
@@ -400,7 +422,7 @@ def _check_model(encoder: _Encoder, tensors: dict[Path, Tensor], root: Path | No
 def _report(
     encoder: _Encoder, parts: list[ParameterReport], tensors: dict[Path, Tensor], payload_bytes: int
 ) -> SaveReport:
-    source: StepSource = "none" if encoder.key_frame else "estimated" if encoder.previous is None else "exact"
+    source: StepSource = "none" if encoder.key_frame else "bound" if encoder.previous is None else "exact"
     names = {part.name for part in parts}
     old = set(encoder.reference.weights)
     in_state = {str(path[-1]) for path in tensors if encoder.root is not None and path[:-1] == encoder.root}
@@ -468,7 +490,7 @@ def decode(
         values[path] = tensor
     if _digest(entries) != encoded.digest:
         raise ValueError("ExCP: the save's digest does not fit its tensors; restore the file from a copy")
-    return replace(encoded.rest, values), following
+    return replace(_own(encoded.rest, set()), values), following
 
 
 def _groups(records: list[dict[str, Any]]) -> list[list[int]]:

@@ -45,7 +45,7 @@ class ExCPOptions:
 
     mode: Literal["sparsity", "paper"] = "sparsity"
     sparsity: float = 0.95
-    momentum_sparsity: float = 0.95
+    momentum_sparsity: float = 0.98
     alpha: float = 5e-5
     beta: float = 2.0
     weight_bits: int = 4
@@ -53,7 +53,7 @@ class ExCPOptions:
     second_moment_bits: int = 4
     second_moment: SecondMoment = "rank1"
     entropy_constrained: bool = True
-    error_target: float | None = 0.7
+    error_target: float | None = 0.5
     update_target: float | None = 1.5
     backend: Backend = "rans"
     contexts: bool = True

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-StepSource = Literal["exact", "estimated", "none"]
+StepSource = Literal["exact", "bound", "none"]
 
 
 def _root(value: float) -> float:
@@ -102,8 +102,8 @@ class SaveReport:
         parameters: one report each.
         raw_bytes: all tensors that are coded, as they are in memory.
         payload_bytes: their coded size, checksums and header not counted.
-        step_source: whether steps are against the exact weights of the last save, estimated from its stored errors,
-            or not known (key frame).
+        step_source: whether steps are against the exact weights of the last save, the smallest that fit its stored
+            errors, or not known (key frame).
         key_frame_advised: whether most of the weights had to be stored exactly in this residual save.
         added: parameters that the last save did not have.
         removed: parameters that only the last save had.

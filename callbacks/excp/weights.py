@@ -16,6 +16,7 @@ from .quantiser import Quantiser, choose_quantiser
 # the histogram tells errors to a fraction of a percent, rounding to half precision adds to them
 _MARGINS = (0.98, 0.85, 0.6)
 _SEARCH_STEPS = 8
+_BLOCK = 1 << 16
 
 
 def as_float32(tensor: Tensor) -> Float32:
@@ -24,8 +25,11 @@ def as_float32(tensor: Tensor) -> Float32:
 
 
 def squared_norm(values: Float32) -> float:
-    """Sum of squares, the same for any number of threads."""
-    return float(np.square(values).sum(dtype=np.float64))
+    """Sum of squares in float64, the same for any number of threads."""
+    total = 0.0
+    for start in range(0, len(values), _BLOCK):
+        total += float(np.square(values[start : start + _BLOCK], dtype=np.float64).sum())
+    return total
 
 
 @dataclass

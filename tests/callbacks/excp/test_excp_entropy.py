@@ -111,9 +111,7 @@ def test_damage_is_an_error_or_changes_symbols_but_never_crashes(backend: str) -
 
 
 @pytest.mark.parametrize(("backend", "module"), [("rans", "constriction"), ("zstd", "zstandard")])
-def test_missing_package_is_named_when_it_is_needed(
-    backend: str, module: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_package_is_named_when_it_is_needed(backend: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=rf"{module}.*pip install 'tenfold\[excp\]'"):
         encode_symbols(skewed(1000, 16), alphabet=16, backend=backend)
