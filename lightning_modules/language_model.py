@@ -13,6 +13,7 @@ from torchmetrics import SumMetric
 from transformers import AutoModelForCausalLM
 
 from .decoder import DecoderConfig, DecoderForCausalLM, decoder_config
+from .decoder.presets import check_fields
 
 
 def cosine_with_warmup(step: int, *, warmup_steps: int, total_steps: int, min_ratio: float) -> float:
@@ -98,10 +99,7 @@ class CausalLMModule(LightningModule):
             if tokenizer is not None and name not in fields:
                 fields[name] = getattr(tokenizer, name)
         preset = fields.pop("preset", None)
-        known = DecoderConfig.__dataclass_fields__
-        for name in fields:
-            if name not in known:
-                raise ValueError(f"model has no field {name!r}; fields are those of DecoderConfig")
+        check_fields(fields)
         config = decoder_config(preset, **fields) if preset else DecoderConfig(**fields)
         self._check_vocabulary(config.vocab_size, needed)
         return config
@@ -130,7 +128,8 @@ class CausalLMModule(LightningModule):
             hparams.vocab_size = config.vocab_size
             model = DecoderForCausalLM(config)
         if hparams.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            # newer releases of transformers deprecate the other name, older ones have only that
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         if hparams.compile:
             # compiling the LightningModule itself breaks self.log; in place keeps the state dict's keys
             model.compile()
@@ -215,7 +214,8 @@ class CausalLMModule(LightningModule):
         """AdamW with a warm-up and a cosine, stepped once per optimiser step."""
         hparams: Any = self.hparams
         groups = [group for group in self.optimizer_groups() if group["params"]]
-        fused = all(p.is_floating_point() for group in groups for p in group["params"])
+        # Lightning refuses to clip for a fused optimiser under mixed precision
+        fused = not (self.trainer.gradient_clip_val and "mixed" in str(self.trainer.precision))
         optimizer = torch.optim.AdamW(
             groups, lr=hparams.learning_rate, betas=tuple(hparams.betas), eps=hparams.eps, fused=fused
         )

@@ -1,10 +1,34 @@
 """Configuration of the project's decoder-only transformer."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .slots import FEED_FORWARDS, NORMS, PROJECTIONS
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+DERIVED_SIZES = ("intermediate_size", "num_key_value_heads", "head_dim")
+
+
+def check_name(kind: str, name: str, known: Iterable[str]) -> None:
+    """Raise a ValueError with the nearest names when `name` is not among the known ones."""
+    known = sorted(known)
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or known
+        raise ValueError(f"unknown {kind} {name!r}; nearest: {', '.join(near)}")
 
 
 class DecoderConfig(PreTrainedConfig):
@@ -77,8 +101,10 @@ class DecoderConfig(PreTrainedConfig):
         """Fill in derived sizes and check them.
 
         Raises:
-            ValueError: sizes that do not divide, or an unknown slot.
+            ValueError: sizes that do not divide or are out of range, or an unknown name of a slot, an activation or a
+                rope type.
         """
+        self._check_ranges()
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.num_key_value_heads is None:
@@ -93,7 +119,7 @@ class DecoderConfig(PreTrainedConfig):
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
-                f"{self.num_key_value_heads}"
+                f"{self.num_key_value_heads}; change one of them"
             )
         default_rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
         self.rope_parameters = default_rope | (self.rope_parameters or {})
@@ -106,6 +132,26 @@ class DecoderConfig(PreTrainedConfig):
         for registry, name in ((NORMS, self.norm), (PROJECTIONS, self.projection), (FEED_FORWARDS, self.feed_forward)):
             registry.check(name)
         super().__post_init__(**kwargs)
+
+    def _check_ranges(self) -> None:
+        for name in SIZES:
+            value = getattr(self, name)
+            if value is None and name in DERIVED_SIZES:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} {value!r} is not a whole number above 0")
+        for name in ("attention_dropout", "embedding_dropout"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < 1:
+                raise ValueError(f"{name} {value!r} is not a probability from 0 to below 1")
+        for name in ("norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not value >= 0:
+                raise ValueError(f"{name} {value!r} is not a number of at least 0")
+        check_name("hidden_act", self.hidden_act, ACT2FN)
+        # transformers knows the default without listing it
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        check_name("rope_type", rope_type, {"default", *ROPE_INIT_FUNCTIONS})
 
     def options(self, slot: Literal["norm", "projection", "feed_forward"]) -> dict[str, Any]:
         """Arguments of a slot's builder."""

@@ -1,5 +1,7 @@
 """Feed-forward slots that belong to no method: dense, and the sparse mixture of experts that papers compare with."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -117,8 +119,7 @@ class MoEFeedForward(nn.Module):
         order = chosen.reshape(-1).argsort(stable=True)
         rows = order // self.top_k
         counts = torch.bincount(chosen.reshape(-1), minlength=self.num_experts).tolist()
-        slices = x[rows].split(counts)
-        out = torch.cat([self.experts.one(j, part) for j, part in enumerate(slices)])
+        out = torch.cat(self.experts.each(x[rows].split(counts)))
         out = out * weights.reshape(-1)[order, None].to(out.dtype)
         y = torch.zeros_like(x, dtype=out.dtype).index_add(0, rows, out)
         return y.view(hidden_states.shape).to(hidden_states.dtype)
@@ -140,9 +141,11 @@ class StackedExperts(nn.Module):
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.act = ACT2FN[hidden_act]
 
-    def one(self, index: int, x: Tensor) -> Tensor:
-        """Expert `index` on (..., d)."""
-        return F.linear(self.act(F.linear(x, self.up[index])), self.down[index])
+    def each(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Expert j on `inputs[j]`, (..., d) each."""
+        # unbind: indexing would give every expert a gradient of the size of the whole stack
+        weights = zip(inputs, self.up.unbind(), self.down.unbind(), strict=True)
+        return [F.linear(self.act(F.linear(x, up)), down) for x, up, down in weights]
 
     def forward(self, x: Tensor) -> Tensor:
         """Every expert on every row: (U, d) to (U, N, d)."""

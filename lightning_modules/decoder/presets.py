@@ -5,10 +5,10 @@ of its own: 50 304 vocabulary rows, RMSNorm, sequential residuals, untied embedd
 standard deviation 0.01 (released training command).
 """
 
-import difflib
+from collections.abc import Iterable
 from typing import Any
 
-from .configuration import DecoderConfig
+from .configuration import DecoderConfig, check_name
 
 PRESETS: dict[str, dict[str, Any]] = {}
 
@@ -20,15 +20,20 @@ def register_preset(name: str, **fields: Any) -> None:
     PRESETS[name] = fields
 
 
+def check_fields(names: Iterable[str]) -> None:
+    """Raise a ValueError for a name that is no field of `DecoderConfig`: transformers would keep it and say nothing."""
+    for name in names:
+        check_name("field of the model", name, DecoderConfig.__dataclass_fields__)
+
+
 def decoder_config(name: str, **overrides: Any) -> DecoderConfig:
     """The preset's configuration, with single fields replaced.
 
     Raises:
-        ValueError: no such preset; the message has the nearest names.
+        ValueError: no such preset or field; the message has the nearest names.
     """
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4) or sorted(PRESETS)
-        raise ValueError(f"unknown preset {name!r}; nearest: {', '.join(near)}")
+    check_name("preset", name, PRESETS)
+    check_fields(overrides)
     return DecoderConfig(**(PRESETS[name] | overrides))
 
 

@@ -39,14 +39,15 @@ class Registry:
     def check(self, name: str) -> None:
         """Raise a ValueError with the nearest names when nothing is registered under `name`."""
         if name not in self._builders:
-            near = difflib.get_close_matches(name, self._builders, n=3, cutoff=0.4) or sorted(self._builders)
+            near = difflib.get_close_matches(str(name), self._builders, n=3, cutoff=0.4) or sorted(self._builders)
             raise ValueError(f"unknown {self.kind} {name!r}; nearest: {', '.join(near)}")
 
     def build(self, name: str, *args: Any, **options: Any) -> nn.Module:
         """Build what is registered under `name`; an option that it does not take is a ValueError."""
         self.check(name)
         builder = self._builders[name]
-        known = inspect.signature(builder).parameters
+        # what the decoder itself passes is no option
+        known = list(inspect.signature(builder).parameters)[len(args) :]
         for option in options:
             if option not in known:
                 near = difflib.get_close_matches(option, known, n=1, cutoff=0.4)

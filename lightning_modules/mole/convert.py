@@ -7,12 +7,14 @@ the vocabulary, and cast once.
 import copy
 import errno
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -74,9 +76,11 @@ def plan_table(model: Any, dtype: TableDtype, memory_limit_bytes: int) -> TableP
     compute = max(4, model.get_input_embeddings().weight.itemsize)
     row_bytes = len(layers) * num_experts * d * itemsize
     padded = -(-row_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    # per id: the row, two hidden activations and two copies of one layer's output; beside them one layer's weights
-    per_id = padded + compute * num_experts * (2 * width + 2 * d)
-    fixed = compute * 2 * num_experts * width * d
+    # per id: the row; its embedding, and the norm's temporaries; two hidden activations; two copies of one layer's
+    # output. Beside them one layer's weights, which a 16-bit model needs in both types for a moment
+    per_id = padded + compute * (4 * d + num_experts * (2 * width + 2 * d))
+    stored = model.get_input_embeddings().weight.itemsize
+    fixed = (compute if stored == compute else compute + stored) * 2 * num_experts * width * d
     if memory_limit_bytes < fixed + per_id:
         raise ValueError(
             f"the memory limit of {memory_limit_bytes} bytes is below the {fixed + per_id} that one layer's experts "
@@ -87,8 +91,10 @@ def plan_table(model: Any, dtype: TableDtype, memory_limit_bytes: int) -> TableP
 
 
 @torch.no_grad()
-def table_chunks(model: Any, dtype: TableDtype, chunk_ids: int) -> Iterator[Tensor]:
-    """Rows of consecutive ids, each (at most chunk_ids, L, N, d) in `dtype`.
+def table_chunks(model: Any, dtype: TableDtype, plan: TablePlan) -> Iterator[Tensor]:
+    """Rows of consecutive ids in `dtype`, padded to the file's alignment: each (at most chunk_ids, padded row).
+
+    A chunk is valid until the next one: they share their memory.
 
     Raises:
         ValueError: a value is not finite or outside the range of `dtype`; the message says where.
@@ -98,9 +104,10 @@ def table_chunks(model: Any, dtype: TableDtype, chunk_ids: int) -> Iterator[Tens
     target = getattr(torch, dtype)
     limit = torch.finfo(target).max
     num_experts, _, d = layers[0].lookup.experts.up.shape
-    for start in range(0, len(embedding), chunk_ids):
-        ids = embedding[start : start + chunk_ids].to(compute)
-        rows = torch.empty(len(ids), len(layers), num_experts, d, dtype=target)
+    size = num_experts * d
+    rows = torch.zeros(plan.chunk_ids, plan.file_bytes // len(embedding) // target.itemsize, dtype=target)
+    for start in range(0, len(embedding), plan.chunk_ids):
+        ids = embedding[start : start + plan.chunk_ids].to(compute)
         for index, layer in enumerate(layers):
             lookup = layer.lookup if embedding.dtype == compute else copy.deepcopy(layer.lookup).to(compute)
             values = lookup(ids)  # (ids, N, d)
@@ -113,8 +120,10 @@ def table_chunks(model: Any, dtype: TableDtype, chunk_ids: int) -> Iterator[Tens
                     f"expert {expert} of layer {index} gives {value} for token id {start + row}, "
                     f"the limit of {dtype} is {limit:.4g}; {fix}"
                 )
-            rows[:, index] = values.to(target)
-        yield rows
+            rows[: len(ids), index * size : (index + 1) * size] = values.flatten(1)
+            # the next layer's would be beside them
+            del lookup, values, bad
+        yield rows[: len(ids)]
 
 
 def write_table(
@@ -141,7 +150,6 @@ def write_table(
     layers, config = check_lookup_ready(model), model.config
     plan = plan_table(model, dtype, memory_limit_bytes)
     num_experts, width, d = layers[0].lookup.experts.up.shape
-    row = len(layers) * num_experts * d
     padded = plan.file_bytes // config.vocab_size // getattr(torch, dtype).itemsize
     table_inputs = {"model.embed_tokens.weight": model.get_input_embeddings().weight} | {
         f"model.layers.{index}.feed_forward.lookup.{name}": tensor
@@ -158,17 +166,24 @@ def write_table(
         "digests": {name: tensor_digest(tensor) for name, tensor in table_inputs.items()},
     }
     writer = TensorFileWriter(
-        path, magic=MAGIC, version=VERSION, parts={"rows": (dtype, (config.vocab_size, padded))}, metadata=metadata
+        path,
+        magic=MAGIC,
+        version=VERSION,
+        parts={"rows": (dtype, (config.vocab_size, padded)), "row_crc32": ("uint32", (config.vocab_size,))},
+        metadata=metadata,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if free < writer.num_bytes:
         raise OSError(errno.ENOSPC, f"the table needs {writer.num_bytes} bytes, {free} are free", str(path))
+    checksums: list[int] = []
     with writer:
-        for rows in table_chunks(model, dtype, plan.chunk_ids):
-            writer.write("rows", nn.functional.pad(rows.flatten(1), (0, padded - row)))
+        for rows in table_chunks(model, dtype, plan):
+            writer.write("rows", rows)
+            checksums += map(zlib.crc32, rows.view(torch.uint8).numpy())
             if progress is not None:
                 progress(len(rows))
+        writer.write("row_crc32", np.array(checksums, dtype=np.uint32))
     return metadata
 
 

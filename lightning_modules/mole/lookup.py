@@ -7,9 +7,11 @@ page of the file, so one token needs one read, known before the first layer runs
 import hashlib
 import os
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -27,6 +29,8 @@ from .modeling import combine, router_gates
 TABLE_FILE = "lookup_table.tenfold"
 MAGIC = b"TF-MoLE\0"
 VERSION = 1
+EMBEDDING = "model.embed_tokens.weight"
+HUB_OPTIONS = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")
 # above this many bytes of distinct rows in one forward pass, each layer reads its own slice of the rows
 WHOLE_ROWS_LIMIT_BYTES = 2**30
 
@@ -44,15 +48,20 @@ class LookupTable:
 
     Args:
         file: an opened table file.
-        storage: `memory` reads the whole table and checks it; `mmap` leaves it on disk and reads the pages of the rows
-            that are asked for.
+        storage: `memory` reads the whole table and checks it; `mmap` leaves it on disk, reads the pages of the rows
+            that are asked for, and checks a row when it is first read.
     """
 
     def __init__(self, file: TensorFile, storage: Literal["memory", "mmap"]) -> None:
         if storage not in ("memory", "mmap"):
             raise ValueError(f"table_storage {storage!r} is neither 'memory' nor 'mmap'")
         self.path, self.metadata, self.storage = file.path, file.metadata, storage
+        self._file = file
         padded = file.read("rows") if storage == "memory" else file.memory_map("rows")  # (V, padded row)
+        self._row_bytes = padded.view(torch.uint8).numpy()
+        self._row_checksums = file.read("row_crc32").numpy()
+        # a table in memory was checked as a whole
+        self._checked = np.full(len(padded), storage == "memory")
         num_layers, num_experts, hidden_size = self.metadata["shape"][1:]
         row = num_layers * num_experts * hidden_size
         self.values = padded[:, :row].unflatten(1, (num_layers, num_experts, hidden_size))  # (V, L, N, d)
@@ -79,11 +88,32 @@ class LookupTable:
         return self.values[0].numel() * self.values.itemsize
 
     def rows(self, ids: Tensor, layer: int | None = None) -> Tensor:
-        """Rows of distinct ids: (U,) to (U, L, N, d), or to (U, N, d) for one layer. Counts the bytes."""
+        """Rows of distinct ids: (U,) to (U, L, N, d), or to (U, N, d) for one layer. Counts the bytes.
+
+        Raises:
+            ValueError: a memory-mapped row is not the one that was written.
+        """
         index = ids.cpu()
+        self._check_rows(index.numpy())
         rows = self.values[index] if layer is None else self.values[index, layer]
         self.bytes_read += rows.numel() * rows.itemsize
         return rows
+
+    def _check_rows(self, ids: np.ndarray) -> None:
+        for index in ids[~self._checked[ids]].tolist():
+            if zlib.crc32(self._row_bytes[index]) != self._row_checksums[index]:
+                raise ValueError(
+                    f"{self.path}: the row of token id {index} fails its checksum: altered; export the table again"
+                )
+            self._checked[index] = True
+
+    def verify(self) -> None:
+        """Read the whole file once and compare its checksums.
+
+        Raises:
+            ValueError: a part of it differs.
+        """
+        self._file.verify()
 
 
 class MoLELookupConfig(DecoderConfig):
@@ -192,30 +222,58 @@ class MoLELookupForCausalLM(DecoderForCausalLM):
         """Load the model and open its table; strict about both (see `attach_table` and `LookupTable.open`).
 
         Raises:
-            ValueError: the table is missing, altered, of another shape, or was made from another embedding.
+            ValueError: the table is missing, altered, of another shape, or was made from another embedding; or the
+                other weights are not those of the configuration.
         """
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        # with output_loading_info, transformers returns the model and what it found
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        with_info = kwargs.pop("output_loading_info", False)
+        location = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
         folder = str(pretrained_model_name_or_path)
-        path = os.path.join(folder, TABLE_FILE) if os.path.isdir(folder) else cached_file(folder, TABLE_FILE)
+        for problem in ("missing", "unexpected", "mismatched"):
+            names = sorted(str(name) for name in info[f"{problem}_keys"])
+            if names:
+                raise ValueError(f"{folder} has {problem} weights for its configuration: {', '.join(names[:3])}")
+        if os.path.isdir(folder):
+            path = os.path.join(folder, location.get("subfolder", ""), TABLE_FILE)
+        else:
+            path = cached_file(folder, TABLE_FILE, _raise_exceptions_for_missing_entries=False, **location)
         if path is None or not os.path.isfile(path):
             raise ValueError(f"{folder} has no {TABLE_FILE}; make it with `tenfold export --form lookup`")
         table = LookupTable.open(path, model.config.table_storage)
         model.attach_table(table)
         check_embedding(Path(path).parent, table)
-        return loaded
+        return loaded if with_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save the model and put its table beside it (a hard link where the file system allows one)."""
+        """Save the model and put its table beside it (a hard link where the file system allows one).
+
+        Raises:
+            ValueError: the embedding was trained or cast since the table was made.
+        """
+        table = self.model.table
+        if table is None:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        if tensor_digest(self.get_input_embeddings().weight) != table.metadata["digests"][EMBEDDING]:
+            raise ValueError(
+                f"the embedding is not the one that {table.path} was made from: it was trained or cast since; load the "
+                f"model without dtype to save it, or export the training form again"
+            )
         super().save_pretrained(save_directory, *args, **kwargs)
         target = Path(save_directory) / TABLE_FILE
-        if self.model.table is not None and not (target.exists() and target.samefile(self.model.table.path)):
-            target.unlink(missing_ok=True)
+        if not kwargs.get("is_main_process", True) or (target.exists() and target.samefile(table.path)):
+            return None
+        # the name is taken over by a whole file only
+        temporary = target.with_name(f".{TABLE_FILE}.{os.getpid()}.tmp")
+        try:
             try:
-                os.link(self.model.table.path, target)
+                os.link(table.path, temporary)
             except OSError:
-                shutil.copyfile(self.model.table.path, target)
+                shutil.copyfile(table.path, temporary)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return None
 
 
 def check_embedding(folder: Path, table: LookupTable) -> None:
@@ -224,15 +282,15 @@ def check_embedding(folder: Path, table: LookupTable) -> None:
     Raises:
         ValueError: they differ, so that the table is stale.
     """
-    name = "model.embed_tokens.weight"
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            if name in file.keys():  # noqa: SIM118 (not a dict)
-                if tensor_digest(file.get_tensor(name)) != table.metadata["digests"][name]:
+            if EMBEDDING in file.keys():  # noqa: SIM118 (not a dict)
+                if tensor_digest(file.get_tensor(EMBEDDING)) != table.metadata["digests"][EMBEDDING]:
                     raise ValueError(
                         f"{table.path} was made from another embedding than {path.name} holds; export the table again"
                     )
                 return
+    raise ValueError(f"no safetensors file in {folder} holds {EMBEDDING}, which {table.path.name} is checked against")
 
 
 FEED_FORWARDS.register("mole_lookup")(MoLELookupFeedForward)
