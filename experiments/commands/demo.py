@@ -1,6 +1,7 @@
 """`tenfold demo`: the main job on real text, from training to score."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 
@@ -15,7 +16,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the demo (runs/demo)")
     parser.add_argument("--gpu", action="store_true", help="the larger size; the default where there is a GPU")
     parser.add_argument("--seed", type=int, default=0, help="of initialisation and data order (0)")
-    parser.add_argument("--wandb", choices=("off", "offline", "online"), default="offline", help="W&B logging (offline)")
+    parser.add_argument(
+        "--wandb", choices=("off", "offline", "online"), default="offline", help="W&B logging (offline)"
+    )
     parser.add_argument("--max-steps", type=int, help="optimiser steps of each model, for a quick look")
     parser.add_argument("--limit", type=int, help="documents per task, for a quick look")
     return parser
@@ -45,7 +48,9 @@ def main(argv: list[str]) -> int:
 
     for package in ("lm_eval", "matplotlib"):
         if find_spec(package) is None:
-            raise ValueError(f"the demo scores with lm-eval and needs {package}: pip install 'tenfold[data,eval,wandb]'")
+            raise ValueError(
+                f"the demo scores with lm-eval and needs {package}: pip install 'tenfold[data,eval,wandb]'"
+            )
     if args.gpu and not torch.cuda.is_available():
         raise ValueError("--gpu: torch sees no GPU; leave --gpu out")
     wandb = args.wandb if find_spec("wandb") else "off"
@@ -53,10 +58,10 @@ def main(argv: list[str]) -> int:
     set_aside(args.output)
     demo = Demo(args.output, size=size, seed=args.seed, wandb=wandb, max_steps=args.max_steps, limit=args.limit)
     for name in MODELS:
-        demo.stage(f"train {name}", lambda name=name: demo.train(name))
+        demo.stage(f"train {name}", partial(demo.train, name))
     demo.stage("export", demo.export)
     forms = (*MODELS, LOOKUP)
-    scores = {name: demo.stage(f"score {name}", lambda name=name: demo.score(name)) for name in forms}
+    scores = {name: demo.stage(f"score {name}", partial(demo.score, name)) for name in forms}
     comparison = demo.stage("compare the forms of mole", demo.compare)
     costs = demo.stage("measure", lambda: measure_forms({name: demo.path("models", name) for name in forms}))
     summary = summarise(demo, scores, comparison, costs)

@@ -51,8 +51,8 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     import torch
 
-    from ...lightning_modules.mole.convert import export_lookup, new_folder, plan_table
     from ...inference.evals.progress import track
+    from ...lightning_modules.mole.convert import TableDtype, export_lookup, new_folder, plan_table
     from ..model_source import load_source, source_tokenizer
 
     # a folder that is taken should be told before the model is loaded
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     source = load_source(args.model, dtype="stored")
     tokenizer = source_tokenizer(source, args.tokenizer)
     if args.form == "lookup":
-        dtype = args.dtype or "bfloat16"
+        dtype: TableDtype = args.dtype or "bfloat16"
         plan = plan_table(source.model, dtype, args.memory_limit)
         print(
             f"table: {plan.file_bytes:,} bytes, {plan.row_bytes:,} per token; {plan.chunk_ids:,} ids at a time in "

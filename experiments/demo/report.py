@@ -85,17 +85,15 @@ def write_report(demo: Any, summary: dict[str, Any]) -> None:
     page.paragraph(
         f"Three decoders that activate about the same number of parameters per token saw the same tokens (seed "
         f"{summary['settings']['seed']}). MoLE's experts were then written into a lookup table on disk. Both forms of "
-        f"MoLE differ by at most {equal['max_abs_logit_diff']:.2e} in a logit and gave {equal['identical_greedy_tokens']} "
-        f"of {equal['greedy_tokens']} greedy tokens alike."
+        f"MoLE differ by at most {equal['max_abs_logit_diff']:.2e} in a logit and gave "
+        f"{equal['identical_greedy_tokens']} of {equal['greedy_tokens']} greedy tokens alike."
     )
     page.heading("Loss")
     page.plot(_loss_figure(demo), caption="Next-token loss on the training batches, running mean of 5 logged values.")
     order = summary["held_out_order"]
     page.paragraph("Held-out loss from best to worst: " + ", ".join(order) + ". One seed: small gaps mean nothing.")
     page.table(
-        [
-            [FORM_NAMES[name], *(summary["held_out"][name].get(metric) for metric in HELD_OUT)] for name in order
-        ],
+        [[FORM_NAMES[name], *(summary["held_out"][name].get(metric) for metric in HELD_OUT)] for name in order],
         {"model": "Model"} | HELD_OUT,
         caption="Validation documents, packed to the training length.",
     )
@@ -158,7 +156,7 @@ def _scores(summary: dict[str, Any], form: str) -> dict[str, Any]:
 
 def _with_error(metrics: dict[str, float], name: str) -> tuple[str, str]:
     error = metrics.get(f"{name}_stderr")
-    return f"{metrics[name]:.4f}", "–" if error is None else f"{error:.4f}"
+    return f"{metrics[name]:.4f}", "" if error is None else f"{error:.4f}"
 
 
 def _loss_figure(demo: Any) -> Any:

@@ -78,7 +78,7 @@ class Demo:
         overrides = []
         if self.size != "tiny":
             files.append(CONFIGS / f"{self.size}.yaml")
-            preset = {"dense": f"dense-{self.size}", "moe": f"moe-{self.size}-10e", "mole": f"mole-{self.size}-4e"}[name]
+            preset = {"dense": "dense-{}", "moe": "moe-{}-10e", "mole": "mole-{}-4e"}[name].format(self.size)
             overrides.append(f"--model.init_args.model={preset}")
         if self.max_steps:
             overrides += [f"--trainer.max_steps={self.max_steps}", f"--trainer.val_check_interval={self.max_steps}"]
@@ -128,7 +128,7 @@ class Demo:
         }
 
     def compare(self) -> dict[str, Any]:
-        """Whether both forms of MoLE give the same logits and text on held-out text, and the bytes that a token reads."""
+        """Whether both forms of MoLE give the same logits and text on held-out text; bytes that a token reads."""
         import torch
 
         from ...datamodules import TextDataModule
