@@ -234,6 +234,7 @@ class MoLELookupForCausalLM(DecoderForCausalLM):
             names = sorted(str(name) for name in info[f"{problem}_keys"])
             if names:
                 raise ValueError(f"{folder} has {problem} weights for its configuration: {', '.join(names[:3])}")
+        path: str | None
         if os.path.isdir(folder):
             path = os.path.join(folder, location.get("subfolder", ""), TABLE_FILE)
         else:
@@ -254,7 +255,8 @@ class MoLELookupForCausalLM(DecoderForCausalLM):
         table = self.model.table
         if table is None:
             return super().save_pretrained(save_directory, *args, **kwargs)
-        if tensor_digest(self.get_input_embeddings().weight) != table.metadata["digests"][EMBEDDING]:
+        embedding: Any = self.get_input_embeddings()
+        if tensor_digest(embedding.weight) != table.metadata["digests"][EMBEDDING]:
             raise ValueError(
                 f"the embedding is not the one that {table.path} was made from: it was trained or cast since; load the "
                 f"model without dtype to save it, or export the training form again"
