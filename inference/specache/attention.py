@@ -160,8 +160,9 @@ class LayerAttention:
             backend=self.options.backend,
         )
         places = plan.residual_value_places
+        # places of the residual that were never filled hold zeros: any weight will do for them
         chosen = weights.gather(3, places.clamp_max(plan.width - 1).expand(*weights.shape[:3], -1))
-        total += chosen.masked_fill_(places == plan.width, 0.0) @ store.residual_values.to(dtype)
+        total += chosen @ store.residual_values.to(dtype)
         own = weights.gather(3, plan.own_places.expand(*weights.shape[:3], -1))
         total += own @ self.value.to(dtype)
         return total.reshape(self.batch, -1, self.num_queries, self.head_dim).to(self.query.dtype)
