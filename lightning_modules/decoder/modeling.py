@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -162,6 +162,22 @@ class DecoderPreTrainedModel(PreTrainedModel):
             initialization.normal_(module.down, std=self.config.initializer_range)
 
 
+class DecoderRotaryEmbedding(GPTNeoXRotaryEmbedding):
+    """Rotary positions whose frequencies stay in float32 when the model is cast.
+
+    In bfloat16 they would be wrong by up to 0.4 %, and a model trained so would be loaded with the exact ones.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+
 class DecoderModel(DecoderPreTrainedModel):
     """Embedding, layers and final norm.
 
@@ -174,7 +190,7 @@ class DecoderModel(DecoderPreTrainedModel):
         self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = NORMS.build(config.norm, config, config.hidden_size, **config.options("norm"))
-        self.rotary = GPTNeoXRotaryEmbedding(config)  # type: ignore[arg-type]  # reads the same fields
+        self.rotary = DecoderRotaryEmbedding(config)  # type: ignore[arg-type]  # reads the same fields
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import tenfold.lightning_modules  # noqa: F401 (registers the models)
 import torch
+from tenfold.lightning_modules.decoder import DecoderConfig, DecoderForCausalLM
 from torch import Tensor
 from torch.nn import functional as F
-
-import tenfold.lightning_modules  # noqa: F401 (registers the models)
-from tenfold.lightning_modules.decoder import DecoderConfig, DecoderForCausalLM
 
 SMALL = {
     "vocab_size": 61,

@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from tenfold.lightning_modules.decoder import DecoderForCausalLM
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-from tenfold.lightning_modules.decoder import DecoderForCausalLM
 
 LLAMA_NAMES = {
     "attention_norm": "input_layernorm",
@@ -48,7 +47,9 @@ def llama_with_weights_of(model: DecoderForCausalLM) -> LlamaForCausalLM:
     config = model.config
     rope = {name: value for name, value in config.rope_parameters.items() if name != "partial_rotary_factor"}
     llama = LlamaForCausalLM(
-        LlamaConfig(**{name: getattr(config, name) for name in names}, rms_norm_eps=config.norm_eps, rope_parameters=rope)
+        LlamaConfig(
+            **{name: getattr(config, name) for name in names}, rms_norm_eps=config.norm_eps, rope_parameters=rope
+        )
     ).to(torch.float64)
     llama.load_state_dict({llama_name(name): value for name, value in model.state_dict().items()}, strict=True)
     for module in list(llama.modules()):
@@ -99,9 +100,7 @@ def test_loss_is_the_mean_over_the_predicted_tokens_of_the_shifted_labels(
     labels[0, 3:6] = -100
     output = model(ids, labels=labels)
     log_probabilities = output.logits.log_softmax(-1)
-    terms = [
-        -log_probabilities[b, t - 1, labels[b, t]] for b in range(2) for t in range(1, 9) if labels[b, t] != -100
-    ]
+    terms = [-log_probabilities[b, t - 1, labels[b, t]] for b in range(2) for t in range(1, 9) if labels[b, t] != -100]
     # transformers computes the loss in float32
     torch.testing.assert_close(output.loss.double(), torch.stack(terms).mean(), rtol=1e-6, atol=0)
     assert len(terms) == 13
@@ -114,9 +113,12 @@ def test_loss_is_the_mean_over_the_predicted_tokens_of_the_shifted_labels(
         pytest.param({"norm": "layernorm"}, id="layernorm"),
         pytest.param({"norm": "layernorm", "attention_bias": True, "mlp_bias": True}, id="layernorm-bias"),
         pytest.param(
-            {"head_dim": 16, "rope_parameters": {"partial_rotary_factor": 0.25, "rope_theta": 300.0}}, id="quarter-rotary"
+            {"head_dim": 16, "rope_parameters": {"partial_rotary_factor": 0.25, "rope_theta": 300.0}},
+            id="quarter-rotary",
         ),
-        pytest.param({"rope_parameters": {"partial_rotary_factor": 0.5}, "num_key_value_heads": 2}, id="half-rotary-gqa"),
+        pytest.param(
+            {"rope_parameters": {"partial_rotary_factor": 0.5}, "num_key_value_heads": 2}, id="half-rotary-gqa"
+        ),
         pytest.param({"tie_word_embeddings": True, "norm_eps": 0.1}, id="tied-large-eps"),
     ],
 )
@@ -143,3 +145,12 @@ def test_initialisation_has_the_configured_deviation_and_norms_of_one(
                 tolerance = 5 * 0.07 / (2 * parameter.numel()) ** 0.5
                 assert abs(parameter.std().item() - 0.07) < tolerance, name
                 assert abs(parameter.mean().item()) < 5 * 0.07 / parameter.numel() ** 0.5, name
+
+
+def test_casting_the_model_leaves_the_rotary_frequencies_exact(small_config: Callable[..., Any]) -> None:
+    model = DecoderForCausalLM(small_config())
+    expected = 1.0 / 10000.0 ** (torch.arange(0, 8, 2).float() / 8)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        model.to(dtype)
+        assert model.lm_head.weight.dtype == dtype
+        assert torch.equal(model.model.rotary.inv_freq, expected)
