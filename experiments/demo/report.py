@@ -17,7 +17,7 @@ FORM_NAMES = {
     LOOKUP: "MoLE, lookup table",
 }
 METRICS = {
-    TASKS[0]: ("bits_per_byte", "byte_perplexity", "word_perplexity"),
+    TASKS[0]: ("bits_per_byte", "byte_perplexity"),
     TASKS[1]: ("acc", "acc_norm"),
 }
 
@@ -100,13 +100,12 @@ def write_report(demo: Any, summary: dict[str, Any]) -> None:
     page.heading("Scores through lm-eval, on test documents")
     page.table(
         [
-            [FORM_NAMES[form], task, metric, *_with_error(_scores(summary, form)[task], metric)]
-            for task in TASKS
-            for metric in METRICS[task]
+            [FORM_NAMES[form]]
+            + [_with_error(_scores(summary, form)[task], metric) for task in TASKS for metric in METRICS[task]]
             for form in FORM_NAMES
         ],
-        ["Form", "Task", "Metric", "Score", "± standard error"],
-        caption="The cloze task has four choices: guessing gives 0.25.",
+        ["Form", *(metric.replace("_", " ") for task in TASKS for metric in METRICS[task])],
+        caption=f"{TASKS[0]}, then {TASKS[1]} with four choices, where guessing gives 0.25; ± standard error.",
     )
     page.plot(_score_figure(summary), caption="Whiskers are one standard error.")
     page.heading("What each form costs")
@@ -154,9 +153,9 @@ def _scores(summary: dict[str, Any], form: str) -> dict[str, Any]:
     return summary["scores"][form]["experts"]
 
 
-def _with_error(metrics: dict[str, float], name: str) -> tuple[str, str]:
+def _with_error(metrics: dict[str, float], name: str) -> str:
     error = metrics.get(f"{name}_stderr")
-    return f"{metrics[name]:.4f}", "" if error is None else f"{error:.4f}"
+    return f"{metrics[name]:,.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def _loss_figure(demo: Any) -> Any:
