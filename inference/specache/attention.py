@@ -31,21 +31,28 @@ _UNSUPPORTED = ("s_aux", "position_bias", "sliding_window")
 
 
 @contextmanager
-def specache_attention(model: "PreTrainedModel", cache: "SpeCache") -> "Iterator[None]":
-    """Route a model's attention to a cache; the previous implementation is put back at the end.
+def specache_attention(model: "PreTrainedModel") -> "Iterator[None]":
+    """Have a model attend through the cache of the pass it is in; its own implementation is put back at the end.
 
     Args:
         model: A decoder that calls the registered attention interface.
-        cache: The cache that its decoding passes are given.
     """
     previous = model.config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(previous)
+
+
+@contextmanager
+def attending(cache: "SpeCache") -> "Iterator[None]":
+    """Name the cache of this thread's forward pass, which models do not hand to their attention."""
     token = _ACTIVE.set(cache)
     try:
         yield
     finally:
         _ACTIVE.reset(token)
-        model.set_attn_implementation(previous)
 
 
 def _registered_attention(

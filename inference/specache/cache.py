@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .accounting import CacheShape
+from .attention import attending
 from .host_store import check_host_memory
 from .layer import SpeCacheLayer
 from .options import SpeCacheOptions
@@ -216,7 +217,8 @@ class SpeCache(Cache):
             self._lengths, self._padding = [0] * len(padding), padding
         self._plan = Plan(phase, tuple(self._lengths), num_queries, self.options.residual_length, self._padding, device)
         try:
-            yield self._plan
+            with attending(self):
+                yield self._plan
         finally:
             plan, self._plan = self._plan, None
             for layer in self.layers:

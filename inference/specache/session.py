@@ -139,7 +139,7 @@ class SpeCacheSession:
     @contextmanager
     def decoding(self) -> Iterator[None]:
         """Within it the model attends through the cache."""
-        with specache_attention(self.model, self.cache):
+        with specache_attention(self.model):
             yield
 
     def step(self, input_ids: torch.Tensor, draw: Draw) -> torch.Tensor:

@@ -229,8 +229,22 @@ def test_the_cpu_path_works_through_many_tiles_in_all_16_bit_dtypes(monkeypatch:
     monkeypatch.setattr(cpu_low_bit_kv, "_TILE_VALUES", 2 * 2 * 24 * 32)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         case = AttentionCase(bits=2, dtype=dtype, shape=(2, 2, 203, 24))
-        torch.testing.assert_close(case.scores("cpu"), case.scores("reference"), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(case.sum("cpu"), case.sum("reference"), rtol=1e-4, atol=1e-4)
+        # the reference rounds keys and values to 16 bits, this path does not
+        tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 5e-2}
+        torch.testing.assert_close(case.scores("cpu"), case.scores("reference"), **tolerance)
+        torch.testing.assert_close(case.sum("cpu"), case.sum("reference"), **tolerance)
+
+
+def test_ops_take_either_axis_for_keys_and_values() -> None:
+    case = AttentionCase(bits=2, dtype=torch.float64)
+    case.packed_keys, case.packed_values = (
+        pack(case.keys, bits=2, group_size=32, per="token"),
+        pack(case.values, bits=2, group_size=32, per="channel"),
+    )
+    for backend in ("cpu", "reference"):
+        expected = torch.from_numpy(case.scores_by_hand(0.3))
+        torch.testing.assert_close(case.scores(backend), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(case.sum(backend), torch.from_numpy(case.sum_by_hand()), rtol=1e-12, atol=1e-12)
 
 
 def test_scores_are_written_into_the_first_columns_of_a_wider_buffer() -> None:
