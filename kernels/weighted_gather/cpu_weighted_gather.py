@@ -3,24 +3,28 @@
 README.md says what else was measured and why this won.
 """
 
-from functools import lru_cache
-
 import torch
 
 from .segments import Segments, check_range
 
 # values gathered at a time where a gradient needs float32 copies of 16-bit rows: 4 MiB, inside a core's cache
 _CHUNK_VALUES = 2**20
+# up to here torch gathers on the calling thread, which is faster than waking the others
+_SERIAL_VALUES = 2**15
+_CACHED_BAGS = 64
+_STARTS: dict[tuple[int, int], torch.Tensor] = {}
 
 
-@lru_cache(maxsize=64)
-def _row_starts(num_bags: int, bag_terms: int) -> torch.Tensor:
-    return torch.arange(0, num_bags * bag_terms, bag_terms)
-
-
-@lru_cache(maxsize=64)
-def _group_rows(num_rows: int) -> torch.Tensor:
-    return torch.arange(num_rows)
+def _bag_starts(num_bags: int, bag_terms: int) -> torch.Tensor:
+    """Where equal bags begin; kept for small numbers of bags, where making them is a tenth of the call."""
+    starts = _STARTS.get((num_bags, bag_terms))
+    if starts is None:
+        with torch.inference_mode(False):
+            starts = torch.arange(0, num_bags * bag_terms, bag_terms, device="cpu")
+        # what a tracer hands out may not outlive it
+        if num_bags <= _CACHED_BAGS and type(starts) is torch.Tensor:
+            _STARTS[num_bags, bag_terms] = starts
+    return starts
 
 
 def _bag(
@@ -46,6 +50,8 @@ def _rows_of_groups(table: torch.Tensor) -> tuple[torch.Tensor, int]:
     A layer's slice of a table [vocabulary, layer, expert, hidden] is such a case.
     """
     num_groups, num_rows, num_cols = table.shape
+    if table.is_contiguous():
+        return table.flatten(0, 1), num_rows
     spacing, rest = divmod(table.stride(0), num_cols)
     if table.stride()[1:] != (num_cols, 1) or rest or spacing < num_rows:
         return table.reshape(-1, num_cols), num_rows
@@ -54,6 +60,8 @@ def _rows_of_groups(table: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def _with_unit_stride(values: torch.Tensor) -> torch.Tensor:
     """The same matrix, copied unless its rows are contiguous and apart from each other."""
+    if values.is_contiguous():
+        return values
     return values if values.stride(-1) == 1 and values.stride(0) >= values.shape[-1] else values.contiguous()
 
 
@@ -64,7 +72,7 @@ def _rows_and_terms(
     if not grouped:
         return _with_unit_stride(table), indices.reshape(-1)
     rows, spacing = _rows_of_groups(table)
-    return rows, (indices.unsqueeze(1) * spacing + _group_rows(num_terms)).reshape(-1)
+    return rows, torch.add(_bag_starts(num_terms, 1), indices.unsqueeze(1), alpha=spacing).view(-1)
 
 
 def forward(table: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, *, grouped: bool) -> torch.Tensor:
@@ -77,12 +85,17 @@ def forward(table: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, *
     if num_tokens == 0 or num_terms == 0:
         return table.new_zeros(num_tokens, table.shape[-1])
     try:
-        if grouped and num_tokens == 1 and weights.dtype == table.dtype and table.dtype.itemsize > 2:
-            row = int(indices)
-            if row >= 0:
+        if weights.dtype == table.dtype and table.dtype.itemsize > 2:
+            # products instead of bags: for a few tokens the number of calls is the cost
+            if grouped and num_tokens == 1 and (row := int(indices)) >= 0:
                 return torch.mm(weights, table[row])
+            if num_tokens * num_terms * table.shape[-1] < _SERIAL_VALUES:
+                if grouped:
+                    return torch.bmm(weights.unsqueeze(1), table.index_select(0, indices)).squeeze(1)
+                if num_tokens == 1:
+                    return torch.mm(weights, table.index_select(0, indices.reshape(-1)))
         rows, terms = _rows_and_terms(table, indices, num_terms, grouped=grouped)
-        return _bag(rows, terms, _row_starts(num_tokens, num_terms), weights.reshape(-1))
+        return _bag(rows, terms, _bag_starts(num_tokens, num_terms), weights.reshape(-1))
     except (RuntimeError, IndexError):
         # the kernels check every index themselves; only then is the price of finding it paid
         check_range(indices, table.shape[0], "ids" if grouped else "indices")
@@ -95,28 +108,10 @@ def grad_table(
     """Gradient for the table: for every row one bag over the output gradients that it took part in."""
     num_tokens, num_terms = weights.shape
     if num_tokens == 0 or num_terms == 0:
-        return torch.zeros(table.shape, dtype=table.dtype)
-    flat = weights.reshape(-1)
-    if not grouped:
-        tokens = segments.order if num_terms == 1 else segments.order.div(num_terms, rounding_mode="floor")
-        return _bag(_with_unit_stride(grad), tokens, segments.offsets, flat[segments.order], closed=True)
-    if num_terms == 1:
-        result = _bag(_with_unit_stride(grad), segments.order, segments.offsets, flat[segments.order], closed=True)
-        return result.view(table.shape)
-    # the terms of group g, rows first: row n's share of the segment lies at begin * N + n * length
-    begins, lengths = segments.offsets[:-1], segments.offsets.diff()
-    rows = _group_rows(num_terms)
-    offsets = torch.cat(
-        [(begins.unsqueeze(1) * num_terms + lengths.unsqueeze(1) * rows).reshape(-1), segments.offsets[-1:] * num_terms]
-    )
-    group = torch.repeat_interleave(lengths)
-    begin, length = begins[group], lengths[group]
-    within = _group_rows(num_tokens) - begin
-    places = ((begin * num_terms + within).unsqueeze(1) + length.unsqueeze(1) * rows).reshape(-1)
-    tokens = torch.empty(num_tokens * num_terms, dtype=torch.int64)
-    tokens[places] = segments.order.repeat_interleave(num_terms)
-    factors = torch.empty_like(flat)
-    factors[places] = weights[segments.order].reshape(-1)
+        return torch.zeros(table.shape, dtype=table.dtype, device="cpu")
+    positions, offsets = segments.by_row(num_terms if grouped else 1)
+    tokens = positions if num_terms == 1 else positions.div(num_terms, rounding_mode="floor")
+    factors = weights.reshape(-1).index_select(0, positions)
     return _bag(_with_unit_stride(grad), tokens, offsets, factors, closed=True).view(table.shape)
 
 
@@ -127,16 +122,16 @@ def grad_weights(
     num_tokens, num_terms = weights.shape
     num_cols = table.shape[-1]
     if num_tokens == 0 or num_terms == 0:
-        return torch.zeros(weights.shape, dtype=weights.dtype)
+        return torch.zeros(weights.shape, dtype=weights.dtype, device="cpu")
     rows, terms = _rows_and_terms(table, indices, num_terms, grouped=grouped)
     if weights.dtype == table.dtype or table.dtype.itemsize > 2:
-        bags = _group_rows(num_tokens).repeat_interleave(num_terms)
-        offsets = _row_starts(num_tokens, num_terms)
+        bags = _bag_starts(num_tokens, 1).unsqueeze(1).expand(weights.shape).reshape(-1).contiguous()
+        offsets = _bag_starts(num_tokens, num_terms)
         values = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             grad.contiguous(), rows, terms, offsets, bags, 0
         )
         return values.view(weights.shape).to(weights.dtype)
-    result = torch.empty(weights.shape, dtype=torch.float32)
+    result = torch.empty(weights.shape, dtype=torch.float32, device="cpu")
     step = max(1, _CHUNK_VALUES // (num_terms * num_cols))
     for start in range(0, num_tokens, step):
         part = grad[start : start + step].float().unsqueeze(-1)

@@ -1,5 +1,6 @@
 """The public ops: they check their arguments, pick a path and define the gradients."""
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -100,39 +101,54 @@ def _call(
     *,
     grouped: bool,
 ) -> torch.Tensor:
+    device = table.device
     if table.dtype not in _DTYPES or weights.dtype not in _DTYPES:
         raise ValueError(f"table and weights must be floating point, got {table.dtype} and {weights.dtype}")
-    if indices.dtype not in _INDEX_DTYPES:
-        raise ValueError(f"indices must be integers, got {indices.dtype}; convert them with .long()")
-    if not table.device == indices.device == weights.device:
+    if indices.device != device or weights.device != device:
         raise ValueError(
-            f"table, indices and weights must be on one device, got {table.device}, {indices.device}, {weights.device}"
+            f"table, indices and weights must be on one device, got {device}, {indices.device}, {weights.device}"
         )
+    if indices.dtype != torch.int64:
+        if indices.dtype not in _INDEX_DTYPES:
+            raise ValueError(f"indices must be integers, got {indices.dtype}; convert them with .long()")
+        indices = indices.long()
     if segments is not None and (segments.order.numel() != indices.numel() or segments.num_groups != table.shape[0]):
         raise ValueError(
             f"segments hold {segments.order.numel()} terms of {segments.num_groups} groups, this call has "
             f"{indices.numel()} of {table.shape[0]}; make them with sort_segments(indices, {table.shape[0]})"
         )
-    backend = _pick(backend, table)
+    chosen = _pick(backend, table)
+    if weights.dim() == 2:
+        return _dispatch(table, indices, weights, chosen, segments, grouped)
     shape = (*weights.shape[:-1], table.shape[-1])
-    if weights.dim() != 2:
-        weights = weights.reshape(-1, weights.shape[-1])
-        indices = indices.reshape(weights.shape[:1] if grouped else weights.shape)
-    if indices.dtype != torch.int64:
-        indices = indices.long()
+    # not -1: it is ambiguous where there are no terms
+    flat = weights.reshape(math.prod(weights.shape[:-1]), weights.shape[-1])
+    indices = indices.reshape(flat.shape[:1] if grouped else flat.shape)
+    return _dispatch(table, indices, flat, chosen, segments, grouped).view(shape)
+
+
+def _dispatch(
+    table: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    backend: Backend,
+    segments: Segments | None,
+    grouped: bool,
+) -> torch.Tensor:
+    """The op on checked (T, M) weights: traced, with gradients, or neither."""
     compiling = torch.compiler.is_compiling()
     if backend == "reference":
         if not compiling:
             check_range(indices, table.shape[0], "ids" if grouped else "indices")
         reference = weighted_gather_groups_reference if grouped else weighted_gather_reference
         with _no_autocast(table):
-            return reference(table, indices, weights).view(shape)
+            return reference(table, indices, weights)
     if compiling:
         order, offsets = (segments.order, segments.offsets) if segments is not None else (None, None)
-        return _forward_op(table, indices, weights, order, offsets, grouped, backend).view(shape)
+        return _forward_op(table, indices, weights, order, offsets, grouped, backend)
     if torch.is_grad_enabled() and (table.requires_grad or weights.requires_grad):
-        return _WeightedGather.apply(table, indices, weights, segments, grouped, backend).view(shape)
-    return _forward(table, indices, weights, grouped, backend).view(shape)
+        return _WeightedGather.apply(table, indices, weights, segments, grouped, backend)
+    return _forward(table, indices, weights, grouped, backend)
 
 
 def _pick(backend: Backend | None, table: torch.Tensor) -> Backend:
@@ -174,8 +190,11 @@ def _path(backend: str) -> Any:
 def _forward(
     table: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, grouped: bool, backend: str
 ) -> torch.Tensor:
+    path = _path(backend)
+    if not torch.is_autocast_enabled(table.device.type):
+        return path.forward(table, indices, weights, grouped=grouped)
     with _no_autocast(table):
-        return _path(backend).forward(table, indices, weights, grouped=grouped)
+        return path.forward(table, indices, weights, grouped=grouped)
 
 
 def _backward(

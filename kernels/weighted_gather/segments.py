@@ -1,6 +1,6 @@
 """The sort behind the deterministic backward: which terms use which row, in a fixed order, shareable between calls."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -41,11 +41,39 @@ class Segments:
 
     order: torch.Tensor
     offsets: torch.Tensor
+    _by_row: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def num_groups(self) -> int:
         """Number of groups, empty ones included."""
         return self.offsets.numel() - 1
+
+    def by_row(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions in flattened (T, N) weights sorted by table row, for groups of N rows, and where every row begins.
+
+        Row n of group g owns the terms `position = t * N + n` of the group's tokens t. Kept for the next call, since
+        layers that share the segments ask for the same.
+        """
+        if num_rows == 1:
+            return self.order, self.offsets
+        if num_rows not in self._by_row:
+            begins, lengths = self.offsets[:-1], self.offsets.diff()
+            rows = torch.arange(num_rows, device=self.order.device)
+            starts = torch.addcmul((begins * num_rows).unsqueeze(1), lengths.unsqueeze(1), rows)
+            # index_select and scatter, not [...] or repeat_interleave: those start threads for a few thousand numbers,
+            # which costs more than the sums where other work keeps the cores busy.
+            # the group of every sorted term: count the groups that have begun
+            begun = torch.zeros(self.order.numel() + 1, dtype=torch.int64, device=self.order.device)
+            group = begun.index_add_(0, self.offsets[1:-1], torch.ones_like(begins[1:])).cumsum(0)[:-1]
+            within = torch.arange(self.order.numel(), device=self.order.device) - begins.index_select(0, group)
+            places = starts.index_select(0, group) + within.unsqueeze(1)
+            positions = torch.empty(places.numel(), dtype=torch.int64, device=self.order.device)
+            terms = torch.add(rows, self.order.unsqueeze(1), alpha=num_rows)
+            positions.scatter_(0, places.view(-1), terms.view(-1))
+            self._by_row[num_rows] = positions, torch.cat([starts.view(-1), self.offsets[-1:] * num_rows])
+        return self._by_row[num_rows]
 
     @cached_property
     def split_plan(self) -> SplitPlan:

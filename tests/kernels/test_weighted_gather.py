@@ -77,6 +77,8 @@ SHAPES = {
     "R3-H64-T90-M2-long": (3, None, 64, 90, 2),
     "U6-N4-H48-T10": (6, 4, 48, 10, 4),
     "U5-N3-H67-T1": (5, 3, 67, 1, 3),
+    "R9-H40-T1-M5": (9, None, 40, 1, 5),
+    "U6-N8-H512-T9": (6, 8, 512, 9, 8),
     "U1-N1-H9-T150-long": (1, 1, 9, 150, 1),
     "U3-N10-H33-T12": (3, 10, 33, 12, 10),
 }
@@ -112,7 +114,7 @@ CASES = (
      for path in PATHS for name, shape in SHAPES.items()]
     + [pytest.param(*path, shape, id=f"interpreter-{path[2]}-{path[3]}-{name}".replace("torch.", ""),
                     marks=pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU instead"))
-       for path in INTERPRETER_PATHS for name, shape in SHAPES.items()]
+       for path in INTERPRETER_PATHS for name, shape in SHAPES.items() if shape[2] < 200]
     + [pytest.param(*path, shape, id=f"gpu-{path[2]}-{path[3]}-{name}".replace("torch.", ""),
                     marks=[needs_gpu, without_gpu])
        for path in GPU_PATHS for name, shape in (SHAPES | BIG_SHAPES).items()]
@@ -237,15 +239,12 @@ def test_non_contiguous_inputs(backend, tokens):
 
 
 def test_a_layers_slice_is_not_copied(monkeypatch):
-    table = torch.randn(50, 3, 4, 16)[:, 1]
-    monkeypatch.setattr(torch.Tensor, "contiguous", lambda *_: pytest.fail("copied"))
-    monkeypatch.setattr(torch.Tensor, "clone", lambda *_: pytest.fail("copied"))
-    storage = table.untyped_storage().data_ptr()
+    table = torch.randn(50, 3, 4, 512)[:, 1]
     seen = []
     bag = torch.embedding_bag
     monkeypatch.setattr(torch, "embedding_bag", lambda *args: seen.append(args[0]) or bag(*args))
-    weighted_gather_groups(table, torch.tensor([0, 49]), torch.randn(2, 4))
-    assert seen[0].untyped_storage().data_ptr() == storage
+    weighted_gather_groups(table, torch.arange(50), torch.randn(50, 4))
+    assert seen[0].untyped_storage().data_ptr() == table.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
@@ -371,3 +370,23 @@ def test_works_on_the_cpu_outside_interpreter_mode():
     )
     assert run.returncode == 0, run.stderr
     assert "backend 'triton' needs CUDA tensors, these are on cpu" in run.stdout
+
+
+def test_default_device_does_not_matter():
+    table, ids, weights, grad = make_case((4, 3, 16, 70, 3), FLOAT32, FLOAT32)
+    with torch.device("meta"):
+        out = weighted_gather_groups(table, ids, weights)
+        grads = torch.autograd.grad(out, (table, weights), grad)
+    expected = expected_results(table, ids, weights, grad)
+    for actual, wanted in zip((out, *grads), expected, strict=True):
+        torch.testing.assert_close(actual, wanted.float())
+
+
+def test_forward_under_inference_mode_leaves_training_alone():
+    table, ids, weights, grad = make_case((4, 3, 512, 37, 3), FLOAT32, FLOAT32)
+    with torch.inference_mode():
+        first = weighted_gather_groups(table, ids, weights)
+    out = weighted_gather_groups(table, ids, weights)
+    assert torch.equal(first, out)
+    out.backward(grad)
+    assert weights.grad is not None

@@ -1,0 +1,79 @@
+"""The benchmarks by name.
+
+To add one, write a module here with `run(settings: Settings) -> Iterator[Row]` and give it a line in `BENCHES`; see
+`weighted_gather.py`. `run` builds its cases, lets `timing.require_same` compare every peer's result with ours, times
+ours and the peers in one `timing.measure` call, and yields one `rows.compare` per metric and peer; a peer that can't
+run here gets a `rows.missing_peer`.
+"""
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from .rows import Row
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line hands to a benchmark.
+
+    Attributes:
+        device: where to measure.
+        quick: fewer repeats and cases, to see that it works.
+        seed: for the random inputs.
+    """
+
+    device: Device = "cpu"
+    quick: bool = False
+    seed: int = 0
+
+    @property
+    def repeats(self) -> int:
+        """Timed samples per callable."""
+        return 5 if self.quick else 25
+
+
+class Bench(NamedTuple):
+    """A registered benchmark.
+
+    Attributes:
+        module: module in this package with `run`.
+        help: what it measures, one line.
+    """
+
+    module: str
+    help: str
+
+
+BENCHES: dict[str, Bench] = {
+    "specache": Bench("specache", "decoding with SpeCache: device bytes, tokens per second, exposed waits"),
+    "weighted-gather": Bench("weighted_gather", "weighted sums of table rows, forward and backward"),
+}
+
+
+def resolve(names: list[str]) -> list[str]:
+    """Expand `all` and drop repetitions.
+
+    Raises:
+        ValueError: a name is not registered; the message offers the nearest ones.
+    """
+    chosen: dict[str, None] = {}
+    for name in names:
+        if name == "all":
+            chosen |= dict.fromkeys(BENCHES)
+        elif name in BENCHES:
+            chosen[name] = None
+        else:
+            near = difflib.get_close_matches(name, BENCHES, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"choose from all, {', '.join(BENCHES)}"
+            raise ValueError(f"unknown benchmark {name!r}; {hint}")
+    return list(chosen)
+
+
+def load(name: str) -> Callable[[Settings], Iterator[Row]]:
+    """The `run` function of a registered benchmark; imports what it needs."""
+    return importlib.import_module(f".{BENCHES[name].module}", __package__).run
