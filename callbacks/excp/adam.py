@@ -1,13 +1,12 @@
 """The first Adam update after a resume, judged without knowing the next gradient."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from .histogram import Float32, Histogram
 
-_BLOCK = 1 << 16
+_BLOCK = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -18,45 +17,41 @@ class AdamRule:
     eps: float
     step: float
 
-    def update(self, momentum: Float32, second_moment: Float32, root: Float32) -> Float32:
-        """Size of the next update over the learning rate where the gradient has the size `root`.
+    def updates(self, momentum: Float32, second_moment: Float32, exact_second_moment: Float32) -> Float32:
+        """Sizes of the next update over the learning rate, shape (n,).
 
-        The gradient is taken to point along the momentum: |beta1 m + (1 - beta1) g| / sqrt(beta2 v + (1 - beta2) g^2)
-        with both biases corrected. All arguments have shape (n,).
+        A save does not have the next gradient g. Each entry's update is the larger one of two: for a gradient of the
+        size that the exact second moment expects, sqrt(v), along the momentum, and for none. An update is
+        |beta1 m + (1 - beta1) g| / (sqrt(beta2 v + (1 - beta2) g^2) + eps), both biases corrected.
+
+        Args:
+            momentum: first moment, shape (n,).
+            second_moment: second moment in the stored form, shape (n,).
+            exact_second_moment: the true one, shape (n,).
         """
+        updates = np.empty(len(momentum), np.float32)
         beta1, beta2 = self.betas
         bias1, bias2 = 1 - beta1 ** (self.step + 1), 1 - beta2 ** (self.step + 1)
-        numerator = np.abs(momentum)
-        numerator *= np.float32(beta1 / bias1)
-        numerator += root * np.float32((1 - beta1) / bias1)
-        denominator = np.square(root)
-        denominator *= np.float32((1 - beta2) / bias2)
-        denominator += second_moment * np.float32(beta2 / bias2)
-        np.sqrt(denominator, out=denominator)
-        denominator += np.float32(max(self.eps, 1e-30))
-        numerator /= denominator
-        return numerator
-
-
-def blocks(length: int) -> Iterator[slice]:
-    """Pieces that fit into a core's cache."""
-    for start in range(0, length, _BLOCK):
-        yield slice(start, start + _BLOCK)
-
-
-def proxy_updates(rule: AdamRule, momentum: Float32, second_moment: Float32, exact_second_moment: Float32) -> Float32:
-    """Sizes of the next update over the learning rate, shape (n,).
-
-    A save does not have the next gradient. Each entry's update is the larger one of two: for a gradient of the size
-    that the exact second moment expects, sqrt(v), along the momentum, and for none.
-    """
-    updates = np.empty_like(momentum)
-    for block in blocks(len(momentum)):
-        root = np.sqrt(np.maximum(exact_second_moment[block], 0))
-        updates[block] = rule.update(momentum[block], second_moment[block], root)
-        silent = rule.update(momentum[block], second_moment[block], np.zeros_like(root))
-        np.maximum(updates[block], silent, out=updates[block])
-    return updates
+        old, new = np.float32(beta1 / bias1), np.float32((1 - beta1) / bias1)
+        old_square, new_square = np.float32(beta2 / bias2), np.float32((1 - beta2) / bias2)
+        eps = np.float32(max(self.eps, 1e-30))
+        for start in range(0, len(momentum), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            silent = np.abs(momentum[block])
+            silent *= old
+            root = np.sqrt(exact_second_moment[block])
+            root *= new
+            root += silent
+            square = second_moment[block] * old_square
+            below = np.sqrt(square)
+            below += eps
+            silent /= below
+            square += exact_second_moment[block] * new_square
+            np.sqrt(square, out=square)
+            square += eps
+            root /= square
+            np.maximum(root, silent, out=updates[block])
+        return updates
 
 
 def update_ceiling(updates: Float32, target: float) -> float:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from .adam import AdamRule, proxy_updates
+from .adam import AdamRule
 from .first_moment import encode_first_moment, update_scale
 from .histogram import Float32
 from .options import ExCPOptions
@@ -62,7 +62,7 @@ class AdamStateEncoder:
             state = CodedAdamState(self._exact(self.exp_avg), self._exact(self.exp_avg_sq))
             state.notes.append("moments exact: not finite, or a negative second moment")
             return state
-        self.exact_updates = proxy_updates(self.rule, self.momentum, self.variance, self.variance)
+        self.exact_updates = self.rule.updates(self.momentum, self.variance, self.variance)
         self.exact_max = float(self.exact_updates.max(initial=0.0))
         scaled = self.options.mode == "sparsity" and self.options.second_moment != "masked"
         state = self._second_first() if scaled else self._first_first()
@@ -85,14 +85,22 @@ class AdamStateEncoder:
         """The first form of the second moment that keeps updates within the bound, and the largest update."""
         forms = self._forms(momentum)
         for coded in forms:
-            largest = float(forms.updates(coded).max(initial=0.0))
+            largest = forms.largest_update(coded)
             if self._within(largest):
                 if coded.kind != self.options.second_moment:
                     notes.append(f"second moment {coded.kind} instead of {self.options.second_moment}")
                 return coded, largest
         notes.append("second moment exact: update target out of reach")
         exact = self._exact(self.exp_avg_sq)
-        return exact, float(forms.updates(exact).max(initial=0.0))
+        return exact, forms.largest_update(exact)
+
+    def _largest_update(self, momentum: Float32, variance: Float32) -> float:
+        """The largest update of a state most of whose first moment is zero, without going through all of it."""
+        kept = np.flatnonzero(momentum)
+        # where there is no momentum, the update grows with true over stored second moment alone
+        worst = int(np.argmax(self.variance / np.maximum(variance, np.float32(1e-37))))
+        some = np.append(kept, worst)
+        return float(self.rule.updates(momentum[some], variance[some], self.variance[some]).max(initial=0.0))
 
     def _first_first(self) -> CodedAdamState:
         notes: list[str] = []
@@ -108,17 +116,16 @@ class AdamStateEncoder:
 
     def _second_first(self) -> CodedAdamState:
         notes: list[str] = []
-        second, _ = self._second(self.momentum, notes)
+        second, before = self._second(self.momentum, notes)
         scale = update_scale(second.decoded)
         for bits in range(self.options.momentum_bits, 9):
             first = encode_first_moment(self.exp_avg, weight=self.weight, scale=scale, options=self.options, bits=bits)
             if isinstance(first, str):
                 break
-            largest = float(self._forms(as_float32(first.decoded)).updates(second).max(initial=0.0))
+            largest = self._largest_update(as_float32(first.decoded), as_float32(second.decoded))
             if self._within(largest):
                 masked = self.weight is not None
                 return CodedAdamState(first, second, scaled=True, masked=masked, update_max=largest, notes=notes)
         notes.append("first moment exact: update target out of reach")
         exact = self._exact(self.exp_avg)
-        largest = float(self._forms(self.momentum).updates(second).max(initial=0.0))
-        return CodedAdamState(exact, second, update_max=largest, notes=notes)
+        return CodedAdamState(exact, second, update_max=before, notes=notes)

@@ -30,6 +30,7 @@ from .second_moment import decode_second_moment, exact_tensor
 from .tree import LOSSY_DTYPES, Parameter, Path, find_parameters, replace, state_dict_path, tensors_of
 from .weights import CodedTensor, as_float32, decode_weight, encode_weight, squared_norm
 
+_COMPARED_BYTES = 1 << 20
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -103,6 +104,14 @@ class _Coded:
     coded: CodedTensor
     # what it needs decoded first: places in the same parameter's list
     needs: dict[str, int] = field(default_factory=dict)
+    checksum: int = 0
+
+    def finish(self, *, keep: bool) -> None:
+        """Takes the checksum; only weights are needed decoded after that."""
+        self.checksum = _checksum(self.coded.decoded)
+        if not keep:
+            self.coded.decoded = torch.empty(0)
+            self.coded.indices = None
 
 
 def _map(function: Callable[[T], R], items: Iterable[T], workers: int) -> list[R]:
@@ -121,7 +130,12 @@ def _at(tree: Any, path: Path) -> Any:
 def _same_bits(first: Tensor, second: Tensor) -> bool:
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
-    return bool(np.array_equal(tensor_bytes(first), tensor_bytes(second)))
+    one, other = tensor_bytes(first), tensor_bytes(second)
+    # tensors that differ mostly do so at once
+    return all(
+        np.array_equal(one[start : start + _COMPARED_BYTES], other[start : start + _COMPARED_BYTES])
+        for start in range(0, len(one), _COMPARED_BYTES)
+    )
 
 
 def _lossy(tensor: Tensor, options: ExCPOptions) -> bool:
@@ -224,6 +238,8 @@ class _Encoder:
                 "update_max": state.update_max,
                 "exact_update_max": state.exact_update_max,
             }
+        for item in coded:
+            item.finish(keep=item.path == parameter.weight)
         bound = sum(item.coded.bound_bits for item in coded) / 8
         kinds = [item.coded.kind for item in coded]
         return coded, ParameterReport(
@@ -231,11 +247,13 @@ class _Encoder:
         )
 
     def exact(self, path: Path, tensor: Tensor) -> _Coded:
-        if self.root is not None and path[:-1] == self.root:
-            stored = self.reference.weights.get(str(path[-1]))
-            if stored is not None and _same_bits(tensor, stored):
-                return _Coded(path, tensor, self.unchanged(tensor, stored))
-        return _Coded(path, tensor, exact_tensor(tensor, self.options))
+        in_state = self.root is not None and path[:-1] == self.root
+        stored = self.reference.weights.get(str(path[-1])) if in_state else None
+        same = stored is not None and _same_bits(tensor, stored)
+        coded = self.unchanged(tensor, stored) if same and stored is not None else exact_tensor(tensor, self.options)
+        item = _Coded(path, tensor, coded)
+        item.finish(keep=in_state)
+        return item
 
 
 def _in_order(
@@ -352,7 +370,7 @@ def encode(
                 "shape": list(item.tensor.shape),
                 "kind": item.coded.kind,
                 "group": number,
-                "crc32": _checksum(item.coded.decoded),
+                "crc32": item.checksum,
                 "streams": writer.add_all(item.coded.streams),
             }
             if item.coded.meta:

@@ -1,6 +1,6 @@
 """Adam's first moment, pruned together with the weight (section 3.2)."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from .options import ExCPOptions
 from .pruning import momentum_threshold
 from .quantiser import choose_quantiser
 from .weights import CodedTensor, as_float32, side_bits, squared_norm
+
+T = TypeVar("T", bound=np.generic)
 
 
 def update_scale(second_moment: Tensor) -> Float32:
@@ -40,28 +42,29 @@ def encode_first_moment(
         the coded moment, or why it must be stored exactly.
     """
     exact = as_float32(exp_avg)
-    if not np.isfinite(exact).all():
-        return "not finite"
-    values = exact if scale is None else np.divide(exact, scale, out=np.zeros_like(exact), where=scale > 0)
-    mask = None if weight is None or weight.indices is None else weight.indices != 0
-    kept = values if mask is None else values[mask]
+    places = _places(weight)
+    kept = _take(exact, places)
+    if scale is not None:
+        divisor = _take(scale, places)
+        # no second moment, no update: such entries become zero
+        kept = kept / np.where(divisor > 0, divisor, np.float32(np.inf))
     histogram = Histogram.of(kept)
     if not histogram.finite:
         return "not finite over the second moment"
     quantiser = choose_quantiser(
         histogram,
         num_levels=2**bits - 1,
-        threshold=momentum_threshold(values, kept, histogram, options),
+        threshold=momentum_threshold(exact, kept, histogram, options),
         entropy_constrained=options.entropy_constrained and options.mode == "sparsity",
     )
     indices = quantiser.indices(kept)
     codebook = quantiser.codebook(kept, indices)
     classes = None
-    if options.contexts and mask is not None and weight is not None and weight.classes is not None:
-        classes = weight.classes[mask]
+    if options.contexts and weight is not None and weight.classes is not None:
+        classes = _take(weight.classes, places)
     streams, context, bound = encode_indices(indices, alphabet=len(codebook), backend=options.backend, classes=classes)
     streams["codebook"] = codebook.astype("<f4").tobytes()
-    decoded = _scatter(codebook, indices, mask, scale, exp_avg)
+    decoded = _scatter(codebook, indices, places, scale, exp_avg)
     return CodedTensor(
         kind="first_moment",
         streams=streams,
@@ -73,17 +76,30 @@ def encode_first_moment(
     )
 
 
+def _places(weight: CodedTensor | None) -> NDArray[np.int64] | None:
+    """Positions that the weight keeps; None for all."""
+    return None if weight is None or weight.indices is None else np.flatnonzero(weight.indices)
+
+
+def _take(values: NDArray[T], places: NDArray[np.int64] | None) -> NDArray[T]:
+    return values if places is None else values.take(places, mode="clip")
+
+
 def _scatter(
-    codebook: Float32, indices: Indices, mask: NDArray[np.bool_] | None, scale: Float32 | None, like: Tensor
+    codebook: Float32, indices: Indices, places: NDArray[np.int64] | None, scale: Float32 | None, like: Tensor
 ) -> Tensor:
-    found = codebook.take(indices, mode="clip")
-    if mask is not None:
-        whole = np.zeros(len(mask), dtype=np.float32)
-        whole[mask] = found
-        found = whole
-    if scale is not None:
-        found *= scale
-    return torch.from_numpy(found).reshape(like.shape).to(like.dtype)
+    if places is None:
+        whole = codebook.take(indices, mode="clip")
+        if scale is not None:
+            whole *= scale
+    else:
+        # few entries are left: only those are worked on
+        kept = np.flatnonzero(indices)
+        places = places.take(kept, mode="clip")
+        found = codebook.take(indices.take(kept, mode="clip"), mode="clip")
+        whole = np.zeros(like.numel(), dtype=np.float32)
+        whole[places] = found if scale is None else found * scale.take(places, mode="clip")
+    return torch.from_numpy(whole).reshape(like.shape).to(like.dtype)
 
 
 def decode_first_moment(
@@ -99,12 +115,12 @@ def decode_first_moment(
     Raises:
         ValueError: the streams do not fit together.
     """
-    mask = None if weight is None or weight.indices is None else weight.indices != 0
-    classes = weight.classes[mask] if weight is not None and weight.classes is not None and mask is not None else None
+    places = _places(weight)
+    classes = None if weight is None or weight.classes is None else _take(weight.classes, places)
     indices = decode_indices(streams, meta["context"], classes=classes)
-    due = like.numel() if mask is None else int(np.count_nonzero(mask))
+    due = like.numel() if places is None else len(places)
     if len(indices) != due:
         raise ValueError(f"ExCP stream is damaged: {len(indices)} elements where {due} were due")
     codebook = np.frombuffer(streams["codebook"], "<f4").astype(np.float32)
     scale = None if second_moment is None else update_scale(second_moment.decoded)
-    return CodedTensor("first_moment", {}, _scatter(codebook, indices, mask, scale, like), indices=indices)
+    return CodedTensor("first_moment", {}, _scatter(codebook, indices, places, scale, like), indices=indices)

@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 from .histogram import NUM_BINS, Float32, Float64, Histogram, bins_of
 
 _ITERATIONS = 40
+_FEW_BINS = 16
+# of levels at the price that a threshold implies; 1.8 to 2 for normal, uniform and Laplace distributions
+_WIDTH_OVER_THRESHOLD = 1.9
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,7 @@ class Quantiser:
     Attributes:
         labels: index of the values of each of the 65,536 bins, uint8.
         levels: mean of each cell but zero's, as the histogram tells it, shape (levels,).
+        num_bins: occupied bins of each of these cells, shape (levels,).
         threshold: magnitudes up to it become zero.
         squared_error: over all values, as the histogram tells it.
         bits: order-0 entropy of all indices, as the histogram tells it.
@@ -24,6 +28,7 @@ class Quantiser:
 
     labels: NDArray[np.uint8]
     levels: Float64
+    num_bins: NDArray[np.int64]
     threshold: float
     squared_error: float
     bits: float
@@ -36,14 +41,17 @@ class Quantiser:
         return indices
 
     def codebook(self, values: Float32, indices: NDArray[np.uint8]) -> Float32:
-        """Value of each index: zero, then the exact mean of each cell's values, shape (levels + 1,)."""
-        size = len(self.levels) + 1
-        count = np.bincount(indices, minlength=size)
-        total = np.bincount(indices, weights=values, minlength=size)
-        mean = total / np.maximum(count, 1)
-        mean[1:] = np.where(count[1:] > 0, mean[1:], self.levels)
-        mean[0] = 0.0
-        return mean.astype(np.float32)
+        """Value of each index: zero, then the mean of each cell's values, shape (levels + 1,).
+
+        A cell of few bins may hold few different values, and gets their exact mean. The mean of many bins' middles is
+        as good as the exact one.
+        """
+        means = np.concatenate([[0.0], self.levels])
+        for index in 1 + np.flatnonzero(self.num_bins < _FEW_BINS):
+            found = values[indices == index]
+            if len(found):
+                means[index] = found.mean(dtype=np.float64)
+        return means.astype(np.float32)
 
 
 def _divides(threshold: float) -> bool:
@@ -80,6 +88,27 @@ class _Cells:
         self.edges = np.empty(0, np.int64)
         self.zero = -1
 
+    def start_evenly(self, num_levels: int, threshold: float) -> bool:
+        """Cells of equal width outside zero's, as wide as they are at the optimum with a price on bits.
+
+        Returns whether the cells reach far enough: with a low threshold most values would lie in the outermost ones.
+        """
+        assert self.pinned is not None
+        left, right = self.pinned
+        below = num_levels // 2 if right < len(self.middle) else num_levels
+        above = num_levels - below if left else num_levels
+        steps = threshold * (1 + _WIDTH_OVER_THRESHOLD * np.arange(1, max(below, above, 1)))
+        lower = np.searchsorted(self.middle, -steps[: max(below - 1, 0)][::-1], side="left")
+        upper = np.searchsorted(self.middle, steps[: max(above - 1, 0)], side="right")
+        lower = np.unique(np.concatenate([[0], lower[lower < left], [left]]))
+        upper = np.unique(np.concatenate([[right], upper[upper > right], [len(self.middle)]]))
+        self.zero = len(lower) - 1
+        self.edges = np.concatenate([lower, upper]).astype(np.int64)
+        inside = self.mass[upper[-2]] - self.mass[right] if len(upper) > 2 else 0.0
+        inside += self.mass[left] - self.mass[lower[1]] if len(lower) > 2 else 0.0
+        kept = self.mass[left] + self.mass[-1] - self.mass[right]
+        return bool(inside > kept / 2) or len(upper) + len(lower) <= 4
+
     def start(self, num_levels: int) -> None:
         """Divides the bins outside zero's cell evenly in `spread`, at least one cell a side."""
         total = len(self.middle)
@@ -104,7 +133,8 @@ class _Cells:
 
     def statistics(self) -> tuple[Float64, Float64, Float64]:
         """Mass, mean and bits of each cell. Empty cells are forgotten, zero's excepted."""
-        mass = np.diff(self.mass[self.edges])
+        edge_mass = self.mass[self.edges]
+        mass = edge_mass[1:] - edge_mass[:-1]
         alive = mass > 0
         if self.zero >= 0:
             alive[self.zero] = True
@@ -112,7 +142,8 @@ class _Cells:
             self.edges = np.append(self.edges[:-1][alive], self.edges[-1])
             self.zero = int(alive[: self.zero].sum()) if self.zero >= 0 else -1
             mass = mass[alive]
-        mean = np.diff(self.first[self.edges]) / np.maximum(mass, 1)
+        edge_first = self.first[self.edges]
+        mean = (edge_first[1:] - edge_first[:-1]) / np.maximum(mass, 1)
         if self.zero >= 0:
             mean[self.zero] = 0.0
             mass[self.zero] += self.num_zeros
@@ -133,14 +164,18 @@ class _Cells:
         """One round of Lloyd's algorithm; returns whether an edge moved."""
         if len(mean) < 2:
             return False
-        border = (mean[1:] + mean[:-1]) / 2 + price * np.diff(bits) / (2 * np.diff(mean))
-        border = np.clip(border, mean[:-1], mean[1:])
+        border = (mean[1:] + mean[:-1]) / 2
+        if price:
+            border += price * (bits[1:] - bits[:-1]) / (2 * (mean[1:] - mean[:-1]))
+        # a border beyond a cell's mean is right: that cell costs more bits than it saves error, and dies
         edges = self.edges.copy()
         edges[1:-1] = np.searchsorted(self.middle, border, side="right")
         if self.zero >= 0:
-            edges[self.zero : self.zero + 2] = self.edges[self.zero : self.zero + 2]
-        edges = np.maximum.accumulate(edges)
-        moved = not np.array_equal(edges, self.edges)
+            left, right = self.zero, self.zero + 1
+            edges[left], edges[right] = self.edges[left], self.edges[right]
+            np.minimum(edges[:left], edges[left], out=edges[:left])
+        edges = np.minimum(np.maximum.accumulate(edges), self.edges[-1])
+        moved = bool((edges != self.edges).any())
         self.edges = edges
         return moved
 
@@ -152,6 +187,7 @@ def choose_quantiser(
     threshold: float | None = None,
     entropy_constrained: bool = False,
     logarithmic: bool = False,
+    iterations: int = _ITERATIONS,
 ) -> Quantiser:
     """Clusters values into at most `num_levels` levels besides zero.
 
@@ -165,13 +201,18 @@ def choose_quantiser(
         threshold: magnitudes up to it become zero; None keeps every value but zeros.
         entropy_constrained: whether bits have a price; needs a threshold.
         logarithmic: minimise the error of the logarithm; all values must be positive or zero.
+        iterations: most rounds of Lloyd's algorithm.
     """
     middle = np.log2(histogram.middle) if logarithmic else histogram.middle
     cells = _Cells(histogram, middle, threshold)
-    cells.start(num_levels)
+    priced = entropy_constrained and threshold is not None
+    outside = 0 if cells.pinned is None else len(middle) - cells.pinned[1] + cells.pinned[0]
+    evenly = priced and threshold is not None and outside > num_levels
+    if not (evenly and threshold is not None and cells.start_evenly(num_levels, threshold)):
+        cells.start(num_levels)
     mass, mean, bits = cells.statistics()
-    for _ in range(_ITERATIONS):
-        price = cells.price(mean, bits, threshold) if entropy_constrained and threshold is not None else 0.0
+    for _ in range(iterations):
+        price = cells.price(mean, bits, threshold) if priced and threshold is not None else 0.0
         if not cells.move(mean, bits, price):
             break
         mass, mean, bits = cells.statistics()
@@ -190,6 +231,7 @@ def choose_quantiser(
     return Quantiser(
         labels,
         np.exp2(levels) if logarithmic else levels,
+        np.delete(np.diff(cells.edges), zero) if zero >= 0 else np.diff(cells.edges),
         0.0 if threshold is None else threshold,
         float(np.maximum(error, 0).sum()),
         float((mass * bits).sum()) + (0.0 if zero >= 0 else cells.num_zeros * _zero_bits(cells)),

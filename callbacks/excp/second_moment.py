@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .adam import AdamRule, proxy_updates, update_ceiling
+from .adam import AdamRule, update_ceiling
 from .entropy import decode_symbols, encode_symbols
 from .exact import decode_exact, encode_exact
 from .histogram import Float32, Histogram
@@ -79,7 +79,7 @@ class SecondMomentForms:
     Args:
         exp_avg_sq: float32, bfloat16 or float16, any shape; finite and not negative.
         momentum: the first moment that updates are judged with, shape (n,).
-        exact_updates: `proxy_updates` of the exact state, shape (n,).
+        exact_updates: `AdamRule.updates` of the exact state, shape (n,).
         rule: Adam's constants.
         options: settings.
     """
@@ -96,11 +96,11 @@ class SecondMomentForms:
         self.tensor, self.options, self.rule = exp_avg_sq, options, rule
         self.values = as_float32(exp_avg_sq)
         self.momentum, self.exact_updates = momentum, exact_updates
-        self.histogram = Histogram.of(self.values)
 
-    def updates(self, coded: CodedTensor) -> Float32:
-        """Sizes of the next update with a stored form."""
-        return proxy_updates(self.rule, self.momentum, as_float32(coded.decoded), self.values)
+    def largest_update(self, coded: CodedTensor) -> float:
+        """The largest next update with a stored form."""
+        updates = self.rule.updates(self.momentum, as_float32(coded.decoded), self.values)
+        return float(updates.max(initial=0.0))
 
     def __iter__(self) -> Iterator[CodedTensor]:
         wanted = self.options.second_moment
@@ -129,7 +129,7 @@ class SecondMomentForms:
         return self._coded("masked", streams, _spread(codebook, indices, mask), bound, context=context)
 
     def _log_kmeans(self, bits: int) -> CodedTensor:
-        quantiser = choose_quantiser(self.histogram, num_levels=2**bits - 1, logarithmic=True)
+        quantiser = choose_quantiser(Histogram.of(self.values), num_levels=2**bits - 1, logarithmic=True)
         indices = quantiser.indices(self.values)
         codebook = np.concatenate([[0.0], quantiser.levels]).astype(np.float32)
         row = self.tensor.shape[-1] if self.tensor.dim() > 1 and self.options.contexts else 0
@@ -152,7 +152,7 @@ class SecondMomentForms:
         if self.options.update_target is not None:
             ceiling = update_ceiling(self.exact_updates, self.options.update_target)
             allowed = np.maximum(self.exact_updates * np.float32(self.options.update_target), np.float32(ceiling))
-            positions = np.flatnonzero(proxy_updates(self.rule, self.momentum, decoded, self.values) > allowed)
+            positions = np.flatnonzero(self.rule.updates(self.momentum, decoded, self.values) > allowed)
             if len(positions) > _MOST_EXCEPTIONS * len(self.values):
                 return None
             if len(positions):

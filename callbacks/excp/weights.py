@@ -14,7 +14,8 @@ from .pruning import weight_threshold
 from .quantiser import Quantiser, choose_quantiser
 
 # the histogram tells errors to a fraction of a percent, rounding to half precision adds to them
-_MARGINS = (0.98, 0.85, 0.6)
+_MARGINS = (0.995, 0.9, 0.6)
+_CLOSE_ENOUGH = 0.985
 _SEARCH_STEPS = 8
 _BLOCK = 1 << 16
 
@@ -69,36 +70,46 @@ def side_bits(streams: dict[str, bytes]) -> float:
 
 
 def _choose(histogram: Histogram, threshold: float, options: ExCPOptions, target: float | None) -> Quantiser | None:
-    """Quantiser at the threshold, or at the highest lower one whose squared error meets the target."""
+    """Quantiser at the threshold, or at a lower one whose squared error comes close to the target from below."""
     constrained = options.entropy_constrained and options.mode == "sparsity"
 
-    def at(limit: float, bits: int) -> Quantiser:
+    def at(limit: float, bits: int, constrained: bool = constrained) -> Quantiser:
         return choose_quantiser(histogram, num_levels=2**bits - 1, threshold=limit, entropy_constrained=constrained)
 
-    best = at(threshold, options.weight_bits)
-    if target is None or best.squared_error <= target:
-        return best
-    densest = at(SMALLEST, options.weight_bits)
+    upper = at(threshold, options.weight_bits)
+    if target is None or upper.squared_error <= target:
+        return upper
     bits = options.weight_bits
-    while densest.squared_error > target:
+    lower = at(SMALLEST, bits, constrained=False)
+    while lower.squared_error > target:
         bits += 1
         if bits > 8:
             return None
-        densest = at(SMALLEST, bits)
-    best = densest
-    low, high = np.log2(SMALLEST), np.log2(max(threshold, SMALLEST))
-    # most of the range below is empty: begin at the smallest value there is
-    if len(histogram.middle):
-        low = max(low, float(np.log2(np.abs(histogram.middle).min())) - 1)
-    low = max(low, high - 40)
+        lower = at(SMALLEST, bits, constrained=False)
+    # false position in the logarithms of threshold and error: errors grow with a power of the threshold
+    smallest = float(np.abs(histogram.middle).min()) / 2
+    low, high = np.log(max(SMALLEST, smallest, threshold * 2.0**-40)), np.log(threshold)
+    below, above = _log_ratio(lower, target), _log_ratio(upper, target)
+    best, goal = lower, np.log(_CLOSE_ENOUGH)
     for _ in range(_SEARCH_STEPS):
-        middle = (low + high) / 2
-        tried = at(_bin_end(2.0**middle), bits)
-        if tried.squared_error <= target:
-            best, low = tried, middle
+        if high - low < 2.0**-7:
+            break
+        share = np.clip((goal / 2 - below) / max(above - below, 1e-9), 0.1, 0.9)
+        middle = low + share * (high - low)
+        tried = at(_bin_end(float(np.exp(middle))), bits)
+        ratio = _log_ratio(tried, target)
+        if ratio > 0:
+            high, above = middle, ratio
         else:
-            high = middle
+            best, low, below = tried, middle, ratio
+            if ratio >= goal:
+                break
     return best
+
+
+def _log_ratio(quantiser: Quantiser, target: float) -> float:
+    # an error of almost nothing must not make the search start there
+    return float(np.log(max(quantiser.squared_error / target, 0.05)))
 
 
 def _bin_end(threshold: float) -> float:
