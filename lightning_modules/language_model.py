@@ -16,6 +16,9 @@ from .decoder import DecoderConfig, DecoderForCausalLM, decoder_config
 from .decoder.presets import check_fields
 
 
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
 def cosine_with_warmup(step: int, *, warmup_steps: int, total_steps: int, min_ratio: float) -> float:
     """Share of the peak learning rate: linear warm-up, then a cosine down to `min_ratio` at `total_steps`.
 
@@ -95,7 +98,7 @@ class CausalLMModule(LightningModule):
             multiple = hparams.pad_vocab_to_multiple_of
             fields["vocab_size"] = -(-needed // multiple) * multiple
         tokenizer = getattr(datamodule, "tokenizer", None)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in SPECIAL_IDS:
             if tokenizer is not None and name not in fields:
                 fields[name] = getattr(tokenizer, name)
         preset = fields.pop("preset", None)
@@ -140,6 +143,14 @@ class CausalLMModule(LightningModule):
         checkpoint["model_config"] = json.loads(self.model.config.to_json_string(use_diff=False))
         folder = getattr(getattr(self._trainer, "datamodule", None), "tokenizer_folder", None)
         checkpoint["tokenizer_folder"] = None if folder is None else str(folder)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the special ids that training had from its tokenizer, where nothing else says them."""
+        stored = checkpoint.get("model_config", {})
+        for name in SPECIAL_IDS:
+            for config in (self.model.config, self.model.generation_config):
+                if getattr(config, name, None) is None and stored.get(name) is not None:
+                    setattr(config, name, stored[name])
 
     def forward(self, **inputs: Tensor) -> Any:
         """The network's output for transformers' keyword arguments."""
