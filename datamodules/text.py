@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -244,6 +245,7 @@ class TextDataModule(LightningDataModule):
             seed=self.seed,
         )
         kind: Any = ResumableDataLoader if train else DataLoader
+        identity = {"data": self.digest, "sequence_length": self.sequence_length, "seed": self.seed}
         return kind(
             dataset,
             batch_size=self.batch_size if train else self.eval_batch_size,
@@ -252,7 +254,13 @@ class TextDataModule(LightningDataModule):
             drop_last=train and len(sampler) >= self.batch_size,
             pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
             persistent_workers=self.num_workers > 0,
+            # a generator of its own: each iterator draws a seed, which would shift the model's random numbers
+            generator=torch.Generator().manual_seed(self.seed),
+            **({"identity": identity, "progress": self._progress} if train else {}),
         )
+
+    def _progress(self) -> Any:
+        return None if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress
 
     def train_dataloader(self) -> Any:
         """Shuffled sequences; state is saved in checkpoints."""

@@ -40,9 +40,8 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 def bpe() -> Tokenizer:
     """The tokenizer that the file is to describe, built with the library alone."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    # trained without splitting digits, so that the vocabulary has merges which splitting must keep from being used
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
@@ -50,7 +49,10 @@ def bpe() -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["the rain in spain stays mainly in the plain, the train too"] * 3, trainer)
+    tokenizer.train_from_iterator(["the rain in spain 1234 stays mainly in the plain, the train 1234 too"] * 3, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     return tokenizer
 
 
