@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from .decoder import DecoderConfig, DecoderForCausalLM, decoder_config
 from .decoder.presets import check_fields
 
-
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
