@@ -164,7 +164,8 @@ def _loss_figure(demo: Any) -> Any:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for name in MODELS:
-        points = read_curves(demo.path("train", name))["train/loss"]
+        # none when there were fewer steps than lie between two logged values
+        points = read_curves(demo.path("train", name)).get("train/loss", [])
         steps = [step for step, _ in points]
         values = [value for _, value in points]
         means = [sum(values[max(0, i - 4) : i + 1]) / (i + 1 - max(0, i - 4)) for i in range(len(values))]
