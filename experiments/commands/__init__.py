@@ -1,1 +1,1 @@
-"""One module per command of `tenfold`, each with `main(argv) -> int`; experiments/cli.py imports them when asked for."""
+"""One module per command of `tenfold`, each with `main(argv) -> int`; `cli.py` imports them when asked for."""

@@ -1,6 +1,7 @@
 """Round trips, bounds and the closed loop of the ExCP codec."""
 
 import copy
+import itertools
 import json
 from collections import OrderedDict
 from collections.abc import Callable
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from tenfold.callbacks.excp import EncodedSave, ExCPOptions, Reference, decode, encode
 
 Make = Callable[..., dict[str, Any]]
@@ -161,7 +161,7 @@ def test_closed_loop_error_is_that_of_the_last_step_alone(training_run: Any) -> 
         assert reported == pytest.approx(error, rel=1e-4)
     open_loop = 0.0
     drift = {name: torch.zeros_like(checkpoints[0]["state_dict"][name], dtype=torch.float64) for name in names}
-    for before, after in zip(checkpoints, checkpoints[1:], strict=False):
+    for before, after in itertools.pairwise(checkpoints):
         base = encode(before, None, options).reference
         assert base is not None
         stored = encode(after, base, options).reference
@@ -429,13 +429,13 @@ def test_weight_of_another_shape_is_exact(make_checkpoint: Make) -> None:
 def test_another_model_and_another_save_are_refused(make_checkpoint: Make, move: Make) -> None:
     checkpoint = make_checkpoint({"a": torch.randn(70, 70)})
     first = encode(checkpoint)
-    with pytest.raises(ValueError, match="only 0 of the 1 weights .* another model; start a new chain"):
+    with pytest.raises(ValueError, match=r"only 0 of the 1 weights .* another model; start a new chain"):
         encode(make_checkpoint({"x": torch.randn(70, 70)}), first.reference)
     second = encode(move(checkpoint, seed=1), first.reference)
-    with pytest.raises(ValueError, match="needs the save .* none is given; decode the chain from its key frame"):
+    with pytest.raises(ValueError, match=r"needs the save .* none is given; decode the chain from its key frame"):
         decode(second)
     third = encode(move(checkpoint, seed=2), second.reference)
-    with pytest.raises(ValueError, match="needs the save"):
+    with pytest.raises(ValueError, match=r"needs the save"):
         decode(third, first.reference)
 
 

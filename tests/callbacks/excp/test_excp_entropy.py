@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from tenfold.callbacks.excp import entropy
 from tenfold.callbacks.excp.entropy import decode_symbols, encode_symbols, entropy_bits
 

@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 from sklearn.cluster import KMeans
-
 from tenfold.callbacks.excp.histogram import SMALLEST, Histogram
 from tenfold.callbacks.excp.quantiser import Quantiser, choose_quantiser
 
