@@ -96,7 +96,7 @@ class AdamStateEncoder:
 
     def _largest_update(self, momentum: Float32, variance: Float32) -> float:
         """The largest update of a state most of whose first moment is zero, without going through all of it."""
-        kept = np.flatnonzero(momentum)
+        kept = np.flatnonzero(momentum != 0)
         # where there is no momentum, the update grows with true over stored second moment alone
         worst = int(np.argmax(self.variance / np.maximum(variance, np.float32(1e-37))))
         some = np.append(kept, worst)

@@ -221,7 +221,7 @@ class _Encoder:
                 "squared_step": weight.squared_step,
             }
             if weight.indices is not None:
-                report["weight_zero_ratio"] = 1 - np.count_nonzero(weight.indices) / max(tensor.numel(), 1)
+                report["weight_zero_ratio"] = _zero_ratio(weight.indices)
         if parameter.exp_avg is not None and parameter.exp_avg_sq is not None:
             first, second = (_at(self.checkpoint, path) for path in (parameter.exp_avg, parameter.exp_avg_sq))
             masking = weight if weight is not None and weight.indices is not None else None
@@ -234,7 +234,7 @@ class _Encoder:
                 "numel": first.numel(),
                 "momentum_bytes": state.first.num_bytes,
                 "second_moment_bytes": state.second.num_bytes,
-                "momentum_zero_ratio": 1 - np.count_nonzero(as_float32(state.first.decoded)) / max(first.numel(), 1),
+                "momentum_zero_ratio": _zero_ratio(as_float32(state.first.decoded)),
                 "update_max": state.update_max,
                 "exact_update_max": state.exact_update_max,
             }
@@ -254,6 +254,10 @@ class _Encoder:
         item = _Coded(path, tensor, coded)
         item.finish(keep=in_state)
         return item
+
+
+def _zero_ratio(values: NDArray[Any]) -> float:
+    return 1 - np.count_nonzero(values != 0) / max(len(values), 1)
 
 
 def _in_order(
@@ -364,7 +368,7 @@ def encode(
     for number, group in enumerate([coded for coded, _ in results] + [[item] for item in exact]):
         start = len(records)
         for item in group:
-            record = {
+            record: dict[str, Any] = {
                 "path": list(item.path),
                 "dtype": DTYPE_NAMES[item.tensor.dtype],
                 "shape": list(item.tensor.shape),
@@ -543,8 +547,7 @@ class _Decoder:
     def record(self, record: dict[str, Any], label: str, done: dict[int, CodedTensor]) -> CodedTensor:
         dtype, shape = DTYPES[record["dtype"]], tuple(record["shape"])
         streams = {
-            name: read_part(self.payload, tuple(place), what=f"{label} ({name})")
-            for name, place in record["streams"].items()
+            name: read_part(self.payload, place, what=f"{label} ({name})") for name, place in record["streams"].items()
         }
         needs = {role: done[place] for role, place in record.get("needs", {}).items()}
         kind, meta = record["kind"], record.get("meta", {})

@@ -25,7 +25,6 @@ _PREFIX = struct.Struct("<BBHQ")  # kind, alphabet size - 1, contexts, symbols
 # 2**24 * 2**(-i/8): probabilities in steps of an eighth of a bit, as integers so that every machine has the same
 _EIGHTHS = np.array([16777216, 15384775, 14107901, 12937002, 11863283, 10878679, 9975792, 9147842], dtype=np.int64)
 _ABSENT = 255
-_MANY_CONTEXTS = 8
 
 
 def _require(module: str, package: str) -> ModuleType:
@@ -95,11 +94,7 @@ def _segments(length: int, context: Symbols | None, num_contexts: int) -> Iterat
             yield where, slice(None), [where.stop - start]
         else:
             part = context[where]
-            if num_contexts > _MANY_CONTEXTS:
-                yield where, np.argsort(part, kind="stable"), np.bincount(part, minlength=num_contexts).tolist()
-            else:
-                places = [np.flatnonzero(part == number) for number in range(num_contexts)]
-                yield where, np.concatenate(places), [len(place) for place in places]
+            yield where, np.argsort(part, kind="stable"), np.bincount(part, minlength=num_contexts).tolist()
 
 
 def _encode_rans(symbols: Symbols, context: Symbols | None, counts: NDArray[np.int64]) -> bytes:

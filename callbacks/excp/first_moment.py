@@ -43,7 +43,7 @@ def encode_first_moment(
     """
     exact = as_float32(exp_avg)
     places = _places(weight)
-    kept = _take(exact, places)
+    kept: Any = _take(exact, places)
     if scale is not None:
         divisor = _take(scale, places)
         # no second moment, no update: such entries become zero
@@ -78,7 +78,7 @@ def encode_first_moment(
 
 def _places(weight: CodedTensor | None) -> NDArray[np.int64] | None:
     """Positions that the weight keeps; None for all."""
-    return None if weight is None or weight.indices is None else np.flatnonzero(weight.indices)
+    return None if weight is None or weight.indices is None else np.flatnonzero(weight.indices != 0)
 
 
 def _take(values: NDArray[T], places: NDArray[np.int64] | None) -> NDArray[T]:
@@ -94,7 +94,7 @@ def _scatter(
             whole *= scale
     else:
         # few entries are left: only those are worked on
-        kept = np.flatnonzero(indices)
+        kept = np.flatnonzero(indices != 0)
         places = places.take(kept, mode="clip")
         found = codebook.take(indices.take(kept, mode="clip"), mode="clip")
         whole = np.zeros(like.numel(), dtype=np.float32)

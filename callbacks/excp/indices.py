@@ -33,7 +33,7 @@ def row_length(shape: tuple[int, ...]) -> int:
 
 def row_classes(indices: Indices, length: int) -> Indices:
     """Class of each row by how many of its indices are not zero, in half octaves around the mean."""
-    filled = np.count_nonzero(indices.reshape(-1, length), axis=1)
+    filled = (indices.reshape(-1, length) != 0).sum(axis=1)
     mean = max(filled.mean(dtype=np.float64), 1e-9)
     octaves = np.rint(2 * np.log2(np.maximum(filled, 1) / mean)).astype(np.int64)
     return np.where(filled == 0, 0, np.clip(octaves + 4, 1, NUM_ROW_CLASSES - 1)).astype(np.uint8)

@@ -3,8 +3,8 @@
 import zlib
 from collections.abc import Mapping
 
-# offset, length, CRC-32
-PartReference = tuple[int, int, int]
+# offset, length, CRC-32; a list, as JSON gives it back
+PartReference = list[int]
 
 
 class PayloadWriter:
@@ -16,7 +16,7 @@ class PayloadWriter:
 
     def add(self, part: bytes) -> PartReference:
         """Appends a part and tells where it lies."""
-        reference = (self._size, len(part), zlib.crc32(part))
+        reference = [self._size, len(part), zlib.crc32(part)]
         self._parts.append(part)
         self._size += len(part)
         return reference

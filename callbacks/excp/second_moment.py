@@ -20,6 +20,7 @@ from .weights import CodedTensor, as_float32, side_bits, squared_norm
 # more exceptions than this and coding every entry is smaller
 _MOST_EXCEPTIONS = 0.05
 _MOST_FACTORS = 0.125
+_LARGEST_QUANTILE = 0.99
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -143,7 +144,16 @@ class SecondMomentForms:
         rows, columns = matrix_shape(tuple(self.tensor.shape))
         if min(rows, columns) < 2 or rows + columns > _MOST_FACTORS * len(self.values):
             return None
-        factors = [bfloat16(factor) for factor in rank1_factors(self.values, rows)]
+        coded = self._rank1_of(self.values, rows)
+        if coded is None:
+            # a few huge entries spoil the means of their rows and columns: as exceptions they need not be in them
+            limit = np.float32(Histogram.of(self.values).threshold(_LARGEST_QUANTILE))
+            coded = self._rank1_of(np.minimum(self.values, limit), rows)
+        return coded
+
+    def _rank1_of(self, values: Float32, rows: int) -> CodedTensor | None:
+        """Means of `values`, and exceptions; None where there are too many."""
+        factors = [bfloat16(factor) for factor in rank1_factors(values, rows)]
         streams = {
             name: encode_exact(factor, backend=self.options.backend)
             for name, factor in zip(("row", "column"), factors, strict=True)
