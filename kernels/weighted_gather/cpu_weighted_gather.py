@@ -58,19 +58,12 @@ def _rows_of_groups(table: torch.Tensor) -> tuple[torch.Tensor, int]:
     return table.as_strided(((num_groups - 1) * spacing + num_rows, num_cols), (num_cols, 1)), spacing
 
 
-def _with_unit_stride(values: torch.Tensor) -> torch.Tensor:
-    """The same matrix, copied unless its rows are contiguous and apart from each other."""
-    if values.is_contiguous():
-        return values
-    return values if values.stride(-1) == 1 and values.stride(0) >= values.shape[-1] else values.contiguous()
-
-
 def _rows_and_terms(
     table: torch.Tensor, indices: torch.Tensor, num_terms: int, *, grouped: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The table as a matrix and the (T * M,) rows of it that the terms use."""
     if not grouped:
-        return _with_unit_stride(table), indices.reshape(-1)
+        return table, indices.reshape(-1)
     rows, spacing = _rows_of_groups(table)
     return rows, torch.add(_bag_starts(num_terms, 1), indices.unsqueeze(1), alpha=spacing).view(-1)
 
@@ -112,7 +105,7 @@ def grad_table(
     positions, offsets = segments.by_row(num_terms if grouped else 1)
     tokens = positions if num_terms == 1 else positions.div(num_terms, rounding_mode="floor")
     factors = weights.reshape(-1).index_select(0, positions)
-    return _bag(_with_unit_stride(grad), tokens, offsets, factors, closed=True).view(table.shape)
+    return _bag(grad.contiguous(), tokens, offsets, factors, closed=True).view(table.shape)
 
 
 def grad_weights(

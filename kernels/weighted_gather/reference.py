@@ -9,7 +9,7 @@ def accumulation_dtype(table: torch.Tensor) -> torch.dtype:
 
 
 def weighted_gather_reference(table: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Gather the rows, scale them, add them up; materialises (T, M, H) values.
+    """Gather the rows, scale them, add them up; materialises (T, M, H) values and a 16-bit table in float32.
 
     Args:
         table: (R, H) rows.
@@ -20,7 +20,8 @@ def weighted_gather_reference(table: torch.Tensor, indices: torch.Tensor, weight
         (T, H) in the table's dtype.
     """
     dtype = accumulation_dtype(table)
-    rows = table[indices].to(dtype)  # (T, M, H)
+    # cast before the gather, so that the gradients of a row, too, are added up in this dtype
+    rows = table.to(dtype)[indices]  # (T, M, H)
     return (rows * weights.to(dtype).unsqueeze(-1)).sum(-2).to(table.dtype)
 
 
