@@ -277,12 +277,22 @@ def _in_order(
     return [first, second]
 
 
-def _coded_parameters(checkpoint: Mapping[str, Any], options: ExCPOptions) -> list[Parameter]:
+def _coded_parameters(
+    checkpoint: Mapping[str, Any], tensors: dict[Path, Tensor], reference: Reference, options: ExCPOptions
+) -> list[Parameter]:
+    # what has not changed at all is frozen, and its place in the optimiser belongs to another weight
+    frozen = {
+        name
+        for name, stored in reference.weights.items()
+        for tensor in [tensors.get((*(state_dict_path(checkpoint) or ()), name))]
+        if tensor is not None and _same_bits(tensor, stored)
+    }
+
     def fits(path: Path | None) -> bool:
         return path is not None and _lossy(_at(checkpoint, path), options)
 
     chosen = []
-    for parameter in find_parameters(checkpoint):
+    for parameter in find_parameters(checkpoint, frozen=frozen):
         weight = parameter.weight if fits(parameter.weight) else None
         moments = fits(parameter.exp_avg) and fits(parameter.exp_avg_sq)
         if weight is not None or moments:
@@ -347,9 +357,9 @@ def encode(
     options = options or ExCPOptions()
     require_backend(options.backend)
     encoder = _Encoder(checkpoint, reference, options, previous_weights)
-    parameters = _coded_parameters(checkpoint, options)
-    claimed = {path for item in parameters for path in (item.weight, item.exp_avg, item.exp_avg_sq) if path}
     tensors = {path: tensor for path, tensor in tensors_of(checkpoint) if tensor.numel() >= options.min_numel}
+    parameters = _coded_parameters(checkpoint, tensors, encoder.reference, options)
+    claimed = {path for item in parameters for path in (item.weight, item.exp_avg, item.exp_avg_sq) if path}
     root = encoder.root
     ties = _ties({path: tensors[path] for path in tensors if root is not None and path[:-1] == root}, claimed)
     parameters = [item for item in parameters if item.weight not in ties]

@@ -1,7 +1,7 @@
 """A checkpoint as a tree: which tensors can be coded, which belong together, and everything else left in place."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,7 +145,7 @@ def _parameter(slot: _Slot, name: str | None) -> Parameter:
     return Parameter(name=label, weight=weight, **moments)
 
 
-def find_parameters(checkpoint: Mapping[str, Any]) -> list[Parameter]:
+def find_parameters(checkpoint: Mapping[str, Any], *, frozen: Collection[str] = ()) -> list[Parameter]:
     """The parameters of a checkpoint with their moments, weights first in the state dict's order.
 
     Optimisers know parameters by name (`param_names`, or states keyed by names) or by number. Numbers are matched to
@@ -154,6 +154,7 @@ def find_parameters(checkpoint: Mapping[str, Any]) -> list[Parameter]:
 
     Args:
         checkpoint: as Lightning writes it, or a bare state dict.
+        frozen: weights that are known not to be trained; numbers are not matched to them.
     """
     weights = {
         name: tensor
@@ -161,7 +162,7 @@ def find_parameters(checkpoint: Mapping[str, Any]) -> list[Parameter]:
         if isinstance(tensor, Tensor) and _plain(tensor) and tensor.is_floating_point()
     }
     root = state_dict_path(checkpoint) or ()
-    free = list(weights)
+    free = [name for name in weights if name not in frozen]
     found: list[tuple[str | None, _Slot]] = []
     complete = bool(checkpoint.get("optimizer_states"))
     for slots in _slots(checkpoint):
@@ -192,6 +193,6 @@ def find_parameters(checkpoint: Mapping[str, Any]) -> list[Parameter]:
     for name, tensor in weights.items():
         if name in taken:
             in_order.append(taken[name])
-        elif not complete and tensor.dim() >= 2:
+        elif not complete and tensor.dim() >= 2 and name not in frozen:
             in_order.append(Parameter(name=name, weight=(*root, name)))
     return in_order + loose

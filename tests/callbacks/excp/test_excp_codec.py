@@ -396,6 +396,22 @@ def test_unchanged_weights_cost_nothing(make_checkpoint: Make, move: Make) -> No
     assert len(second.payload) < frozen.numel() / 4
 
 
+def test_frozen_layers_do_not_take_the_moments_of_trained_ones(make_checkpoint: Make, move: Make) -> None:
+    layers = {f"layers.{i}.weight": torch.randn(70, 70) for i in range(4)}
+    checkpoint = make_checkpoint(layers, trained=["layers.2.weight", "layers.3.weight"])
+    first = encode(checkpoint)
+    after = move(checkpoint, seed=1)
+    for name in ("layers.0.weight", "layers.1.weight"):
+        after["state_dict"][name] = layers[name].clone()
+    second = encode(after, first.reference)
+    assert [part.name for part in second.report.parameters] == ["layers.2.weight", "layers.3.weight"]
+    assert all(part.kinds == ["residual", "rank1", "first_moment"] for part in second.report.parameters)
+    decoded, _ = decode(second, first.reference)
+    for number, name in enumerate(("layers.2.weight", "layers.3.weight")):
+        kept = decoded["state_dict"][name] != layers[name]
+        assert not decoded["optimizer_states"][0]["state"][number]["exp_avg"][~kept].any()
+
+
 def test_the_same_state_once_more_costs_nothing_and_keeps_moments(training_run: Any) -> None:
     checkpoints = [training_run.checkpoints[i] for i in (0, 1, 1)]
     for exact_steps in (True, False):
