@@ -176,13 +176,17 @@ def test_a_stopped_run_is_saved_and_continues_exactly(place, what, where, step, 
 
 def test_a_second_interrupt_stops_at_once_and_saves_nothing_half_updated(place):
     code = (
-        "import os, signal, torch, toy_run\n"
+        "import signal, time, torch, toy_run\n"
         "from tenfold.experiments.cli import main\n"
         "step = torch.optim.AdamW.step\n"
+        "def interrupt():\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        # two signals at once would be one: the first has to be handled before the second comes
+        "    time.sleep(0.1)\n"
         "def interrupted(self, closure=None):\n"
         "    loss = step(self, closure)\n"
         "    if int(self.state[self.param_groups[0]['params'][0]]['step']) == 6:\n"
-        "        for _ in range(2): os.kill(os.getpid(), signal.SIGINT)\n"
+        "        interrupt(), interrupt()\n"
         "    return loss\n"
         "torch.optim.AdamW.step = interrupted\n"
         "raise SystemExit(main(['fit', '-c', 'exp/toy.yaml', '--checkpoint.every_n_train_steps=4']))\n"
