@@ -44,15 +44,17 @@ def test_rows_do_not_depend_on_the_chunk_size(dtype: Any, small_model: Model, tm
 @pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("num_experts", [1, 6])
+@pytest.mark.parametrize("chunk_ids", [5, 500])
 def test_working_memory_stays_under_the_stated_bound(
-    model_dtype: torch.dtype, dtype: Any, num_experts: int, tmp_path: Path
+    model_dtype: torch.dtype, dtype: Any, num_experts: int, chunk_ids: int, tmp_path: Path
 ) -> None:
     options = {"num_experts": num_experts, "expert_intermediate_size": 256}
     fields = {"vocab_size": 1500, "num_hidden_layers": 3, "hidden_size": 64, "feed_forward_options": options}
     model = DecoderForCausalLM(decoder_config("mole-tiny-4e", **fields)).to(model_dtype)
-    least = plan_table(model, dtype, 2**30)
-    plan = plan_table(model, dtype, least.working_bytes // 3)
-    assert 100 < plan.chunk_ids < 1000
+    whole = plan_table(model, dtype, 2**30)
+    per_id = whole.working_bytes - plan_table(model, dtype, whole.working_bytes - 1).working_bytes
+    plan = plan_table(model, dtype, whole.working_bytes - (1500 - chunk_ids) * per_id)
+    assert plan.chunk_ids == chunk_ids
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         for _ in table_chunks(model, dtype, plan):
             pass
@@ -63,8 +65,10 @@ def test_working_memory_stays_under_the_stated_bound(
     before = allocated[0] - events[0]["args"]["Bytes"]
     peak = max(allocated) - before
     assert peak <= plan.working_bytes
-    # a bound several times too high would waste what the user allows
-    assert peak > 0.45 * plan.working_bytes
+    # a bound several times too high would waste what the user allows; with few ids it is the weights of a layer, which
+    # are copied for 16-bit models only
+    if chunk_ids == 500 or model_dtype == torch.bfloat16:
+        assert peak > 0.45 * plan.working_bytes
 
 
 @contextmanager
