@@ -34,6 +34,17 @@ def test_groups_by_decay_are_matched_in_order_and_by_shape() -> None:
     assert (first.betas, first.eps, first.step) == ((0.8, 0.9), 1e-6, 7.0)
 
 
+def test_a_group_goes_through_the_state_dict_once() -> None:
+    state_dict = {"a": torch.zeros(4, 3), "x": torch.zeros(2, 2), "b": torch.zeros(4, 3)}
+    checkpoint = {
+        "state_dict": state_dict,
+        "optimizer_states": [
+            {"state": adam((2, 2), (4, 3), (4, 3)), "param_groups": [{"params": [0, 1]}, {"params": [2]}]}
+        ],
+    }
+    assert pairs(checkpoint) == {"a": 2, "x": 0, "b": 1}
+
+
 def test_names_win_over_numbers() -> None:
     state_dict = {"model.a": torch.zeros(4, 3), "model.b": torch.zeros(4, 3)}
     groups = [{"params": [0, 1], "param_names": ["b", "a"]}]
