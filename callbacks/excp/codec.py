@@ -487,25 +487,14 @@ def decode(
         ValueError: the reference is missing or of another save, the coded parts are damaged or a decoded tensor is not
             bit for bit what the writer had, or a package that was used to write is not installed.
     """
-    base = encoded.base_digest
-    if base is not None and (reference is None or reference.digest != base):
-        have = "none is given" if reference is None else f"the one given is {reference.digest[:12]}"
-        raise ValueError(
-            f"ExCP: this save needs the save {base[:12]} before it, and {have}; decode the chain from its key frame"
-        )
+    _check_base(encoded, reference)
     records = encoded.header["records"]
-    known = reference if base is not None and reference is not None else Reference()
-    decoder = _Decoder(encoded, known, verify)
-    groups = _groups(records)
-    decoded: dict[int, CodedTensor] = {}
-    for part in _map(decoder.group, groups, workers):
-        decoded |= part
+    decoded = _decoded(encoded, reference, _groups(records), verify=verify, workers=workers)
+    following = _following(encoded, decoded)
     root = state_dict_path(encoded.rest)
     if root is None and all(len(record["path"]) == 1 for record in records):
         root = ()
     values: dict[Path, Tensor] = {}
-    following = Reference(digest=encoded.digest)
-    entries: list[tuple[str, str, list[int], int]] = []
     for number, record in enumerate(records):
         path = tuple(record["path"])
         if record["kind"] == "tied":
@@ -513,16 +502,56 @@ def decode(
             values[path] = original if record["shared"] else original.clone()
             continue
         tensor = decoded[number].decoded
+        # whoever trains on must not change the reference
+        values[path] = tensor.clone() if "squared_error" in record else tensor
+    return replace(_own(encoded.rest, set()), values), following
+
+
+def advance(
+    encoded: EncodedSave, reference: Reference | None = None, *, verify: bool = True, workers: int = 1
+) -> Reference:
+    """The reference that a save leads to, without its moments: what the saves after it need of it.
+
+    Arguments and errors are those of `decode`.
+    """
+    _check_base(encoded, reference)
+    records = encoded.header["records"]
+    weights = [[number] for number, record in enumerate(records) if "squared_error" in record]
+    return _following(encoded, _decoded(encoded, reference, weights, verify=verify, workers=workers))
+
+
+def _check_base(encoded: EncodedSave, reference: Reference | None) -> None:
+    base = encoded.base_digest
+    if base is not None and (reference is None or reference.digest != base):
+        have = "none is given" if reference is None else f"the one given is {reference.digest[:12]}"
+        raise ValueError(
+            f"ExCP: this save needs the save {base[:12]} before it, and {have}; decode the chain from its key frame"
+        )
+
+
+def _decoded(
+    encoded: EncodedSave, reference: Reference | None, groups: list[list[int]], *, verify: bool, workers: int
+) -> dict[int, CodedTensor]:
+    known = reference if not encoded.key_frame and reference is not None else Reference()
+    decoder = _Decoder(encoded, known, verify)
+    decoded: dict[int, CodedTensor] = {}
+    for part in _map(decoder.group, groups, workers):
+        decoded |= part
+    return decoded
+
+
+def _following(encoded: EncodedSave, decoded: dict[int, CodedTensor]) -> Reference:
+    following = Reference(digest=encoded.digest)
+    entries: list[tuple[str, str, list[int], int]] = []
+    for number, record in enumerate(encoded.header["records"]):
         if "squared_error" in record:
+            name = str(record["path"][-1])
             decoded[number].squared_error = record["squared_error"]
-            _follow(following, str(path[-1]), decoded[number])
-            entries.append((str(path[-1]), record["dtype"], record["shape"], record["crc32"]))
-            # whoever trains on must not change the reference
-            tensor = tensor.clone()
-        values[path] = tensor
+            _follow(following, name, decoded[number])
+            entries.append((name, record["dtype"], record["shape"], record["crc32"]))
     if _digest(entries) != encoded.digest:
         raise ValueError("ExCP: the save's digest does not fit its tensors; restore the file from a copy")
-    return replace(_own(encoded.rest, set()), values), following
+    return following
 
 
 def _groups(records: list[dict[str, Any]]) -> list[list[int]]:
