@@ -1,0 +1,5 @@
+"""Long-context evaluation: LongBench, needle in a haystack, RULER's families; public names come when first used."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submodules=["metrics"])
