@@ -50,6 +50,7 @@ class Bench(NamedTuple):
 
 
 BENCHES: dict[str, Bench] = {
+    "excp": Bench("excp", "checkpoints of real training runs: ratio and error, speed, blocked time, memory"),
     "specache": Bench("specache", "decoding with SpeCache: device bytes, tokens per second, exposed waits"),
     "weighted-gather": Bench("weighted_gather", "weighted sums of table rows, forward and backward"),
 }

@@ -1,0 +1,289 @@
+"""A chain of saves through a coder: sizes, errors, CPU time and memory of every save, kept on disk once measured."""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...callbacks.excp import ExCPOptions, Reference, decode, encode
+from ...callbacks.excp.container import write_save
+from . import excp_paper
+from .excp_paper import at, flat, parameters_of, raw_bytes
+
+_HERE = Path(__file__).parent
+_CODEC = Path(_HERE.parent.parent, "callbacks", "excp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveNumbers:
+    """One coded save.
+
+    Attributes:
+        raw_bytes: all tensors as they are in memory; those that share their memory count once.
+        coded_bytes: of the file.
+        bound_bytes: order-0 bound of the coder's own index streams, everything else as stored.
+        error_over_step: norm of rebuilt minus true weights over that of the true step since the last save; 0 for a
+            key frame.
+        relative_error: norm of rebuilt minus true weights over that of the weights.
+        momentum_error: norm of rebuilt minus true first moments over that of the first moments.
+        encode_s: CPU seconds of all threads.
+        decode_s: the same; None where it was not measured.
+        peak_bytes: most memory while encoding above what was in use before; None where the system does not tell.
+        update_ratio: largest first Adam update after a resume over that from the exact state, as the codec judges it.
+    """
+
+    raw_bytes: int
+    coded_bytes: int
+    bound_bytes: float
+    error_over_step: float
+    relative_error: float
+    momentum_error: float
+    encode_s: float
+    decode_s: float | None = None
+    peak_bytes: int | None = None
+    update_ratio: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Raw over coded bytes."""
+        return self.raw_bytes / self.coded_bytes
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A save of the run."""
+    return torch.load(path, weights_only=True)
+
+
+@contextlib.contextmanager
+def one_thread() -> Any:
+    """One thread for torch: speeds are per core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _memory(field: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+    except (OSError, StopIteration):
+        return None
+
+
+def _peak_of(work: Callable[[], Any]) -> tuple[Any, float, int | None]:
+    """A call's result, CPU seconds, and the most memory above what was in use before."""
+    before = None
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _memory("VmRSS")
+    start = time.process_time()
+    result = work()
+    seconds = time.process_time() - start
+    after = _memory("VmHWM")
+    return result, seconds, None if before is None or after is None else max(0, after - before)
+
+
+def _squared(values: Any) -> float:
+    return float(np.square(values, dtype=np.float64).sum())
+
+
+class Truth:
+    """Norms of a save's true values, and of its step from the save before."""
+
+    def __init__(self, checkpoint: dict[str, Any], previous: dict[str, Any] | None) -> None:
+        self.parameters = list(parameters_of(checkpoint))
+        self.weight = self.momentum = self.step = 0.0
+        for parameter in self.parameters:
+            weight = flat(at(checkpoint, parameter.weight))
+            self.weight += _squared(weight)
+            self.momentum += _squared(flat(at(checkpoint, parameter.exp_avg)))
+            if previous is not None:
+                self.step += _squared(weight - flat(at(previous, parameter.weight)))
+
+    def errors(self, squared_error: float, momentum_squared_error: float) -> dict[str, float]:
+        """Fields of `SaveNumbers`."""
+        return {
+            "error_over_step": (squared_error / self.step) ** 0.5 if self.step else 0.0,
+            "relative_error": (squared_error / self.weight) ** 0.5,
+            "momentum_error": (momentum_squared_error / self.momentum) ** 0.5,
+        }
+
+
+def code_ours(
+    paths: Sequence[Path],
+    options_of: Callable[[int], ExCPOptions],
+    *,
+    scratch: Path,
+    time_decode: bool = True,
+    report: Callable[[str], None] = print,
+) -> list[SaveNumbers]:
+    """The chain through our codec, a key frame first; each save is decoded and compared with what was promised."""
+    reference: Reference | None = None
+    previous: dict[str, Any] | None = None
+    identity = None
+    numbers = []
+    for position, path in enumerate(paths):
+        checkpoint = load(path)
+        truth = Truth(checkpoint, previous)
+        weights = None if previous is None else previous["state_dict"]
+        options = options_of(position)
+        base = reference
+
+        def code(checkpoint: Any = checkpoint, base: Any = base, options: Any = options, weights: Any = weights) -> Any:
+            return encode(checkpoint, base, options, previous_weights=weights)
+
+        with one_thread():
+            encoded, encode_s, peak = _peak_of(code)
+            reference = encoded.reference
+            identity = write_save(encoded, scratch, identity)
+            coded_bytes = scratch.stat().st_size
+            decode_s = None
+            rebuilt = None
+            if time_decode or position == len(paths) - 1:
+                start = time.process_time()
+                rebuilt, _ = decode(encoded, base)
+                decode_s = time.process_time() - start
+        report_of = encoded.report
+        total = report_of.total
+        weight_error = sum(
+            _squared(flat(reference.weights[parameter.name]) - flat(at(checkpoint, parameter.weight)))
+            for parameter in truth.parameters
+            # tensors too small to gain are not in the reference: they are exact
+            if parameter.name in reference.weights
+        )
+        momentum_error = float("nan")
+        if rebuilt is not None:
+            momentum_error = sum(
+                _squared(flat(at(rebuilt, p.exp_avg)) - flat(at(checkpoint, p.exp_avg))) for p in truth.parameters
+            )
+        updates = [part.update_ratio for part in report_of.parameters if part.exact_update_max > 0]
+        numbers.append(
+            SaveNumbers(
+                raw_bytes=raw_bytes(checkpoint),
+                coded_bytes=coded_bytes,
+                bound_bytes=total.bound_bytes + coded_bytes - total.coded_bytes,
+                encode_s=encode_s,
+                decode_s=decode_s if time_decode else None,
+                peak_bytes=peak,
+                update_ratio=max(updates, default=0.0),
+                **truth.errors(weight_error, momentum_error),
+            )
+        )
+        del rebuilt, encoded
+        previous = checkpoint
+        report(_line(position, len(paths), numbers[-1]))
+    scratch.unlink(missing_ok=True)
+    return numbers
+
+
+def code_paper(
+    paths: Sequence[Path], *, alpha: float, time_decode: bool = True, report: Callable[[str], None] = print
+) -> list[SaveNumbers]:
+    """The chain through the paper's pipeline, its first save uncompressed."""
+    previous = load(paths[0])
+    size = raw_bytes(previous)
+    reference = {p.name: flat(at(previous, p.weight)) for p in parameters_of(previous)}
+    numbers = [
+        SaveNumbers(
+            raw_bytes=size, coded_bytes=size, bound_bytes=size, error_over_step=0.0, relative_error=0.0,
+            momentum_error=0.0, encode_s=0.0,
+        )
+    ]  # fmt: skip
+    for position, path in enumerate(paths[1:], start=1):
+        checkpoint = load(path)
+        truth = Truth(checkpoint, previous)
+        with one_thread():
+            base = reference
+            save, encode_s, peak = _peak_of(
+                lambda checkpoint=checkpoint, base=base: excp_paper.encode(checkpoint, base, alpha=alpha)
+            )
+            decode_s = None
+            if time_decode:
+                start = time.process_time()
+                values = excp_paper.decode(save, checkpoint, base)
+                decode_s = time.process_time() - start
+                if any(not np.array_equal(values[name][0], save.weights[name]) for name in values):
+                    raise RuntimeError("the paper's pipeline did not decode what it encoded")
+                del values
+        numbers.append(
+            SaveNumbers(
+                raw_bytes=raw_bytes(checkpoint),
+                coded_bytes=save.num_bytes,
+                bound_bytes=save.bound_bytes,
+                encode_s=encode_s,
+                decode_s=decode_s,
+                peak_bytes=peak,
+                **truth.errors(save.squared_error, save.momentum_squared_error),
+            )
+        )
+        reference, previous = save.weights, checkpoint
+        report(_line(position, len(paths), numbers[-1]) + f", {save.kept_moments:.3f} of the moments kept")
+    return numbers
+
+
+def _line(position: int, count: int, numbers: SaveNumbers) -> str:
+    return (
+        f"  save {position + 1} of {count}: {numbers.ratio:.1f}x, error over step {numbers.error_over_step:.3f}, "
+        f"{numbers.coded_bytes / max(numbers.bound_bytes, 1):.3f} of the bound, "
+        f"{numbers.raw_bytes / 1e6 / max(numbers.encode_s, 1e-9):.0f} MB/s"
+    )
+
+
+def amortised_ratio(numbers: Sequence[SaveNumbers], group: int = 60) -> float:
+    """Raw over coded bytes of `group` saves of which one is a key frame and the others are like those measured."""
+    residual = sum(n.coded_bytes for n in numbers[1:]) / (len(numbers) - 1)
+    return group * numbers[0].raw_bytes / (numbers[0].coded_bytes + (group - 1) * residual)
+
+
+def digest_of_sources(*files: Path) -> str:
+    """Digest of source files."""
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+CODEC_SOURCES = (
+    *(
+        _CODEC / f"{name}.py"
+        for name in (
+            "adam", "adam_state", "codec", "container", "entropy", "exact", "first_moment", "histogram", "indices",
+            "options", "payload", "pruning", "quantiser", "second_moment", "tree", "weights",
+        )
+    ),
+    _HERE / "excp_chain.py",
+)  # fmt: skip
+PAPER_SOURCES = (_HERE / "excp_paper.py",)
+
+
+def measured(
+    folder: Path, name: str, sources: Sequence[Path], settings: Any, work: Callable[[], list[SaveNumbers]]
+) -> list[SaveNumbers]:
+    """What `work` gives, from disk where it was measured before with the same code.
+
+    Args:
+        folder: of the run.
+        name: of the chain.
+        sources: code that the numbers depend on.
+        settings: whatever else they depend on.
+        work: measures.
+    """
+    record = folder / f"{name}.json"
+    digest = f"{digest_of_sources(*sources)}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}"
+    if record.exists():
+        stored = json.loads(record.read_text(encoding="utf-8"))
+        if stored["sources"] == digest:
+            return [SaveNumbers(**numbers) for numbers in stored["saves"]]
+    numbers = work()
+    partial = record.with_suffix(".partial")
+    partial.write_text(json.dumps({"sources": digest, "saves": [asdict(n) for n in numbers]}), encoding="utf-8")
+    os.replace(partial, record)
+    return numbers
