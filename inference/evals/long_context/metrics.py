@@ -162,13 +162,13 @@ def count(prediction: str, reference: str) -> float:
 
 
 def code_similarity(prediction: str, reference: str) -> float:
-    """`fuzzywuzzy`'s ratio between the reference and the answer's first line without a backtick, `#` or `//`.
+    r"""`fuzzywuzzy`'s ratio between the reference and the answer's first line without a backtick, `#` or `//`.
 
     Quirks: leading line ends are dropped, but a line of spaces counts as the first; without a usable line the empty
     string is compared. The ratio depends on what fuzzywuzzy runs on: see `code_similarity_backend`.
 
     Examples:
-        >>> code_similarity("# sum\\nreturn a + b\\n", "return a + b")
+        >>> code_similarity("# sum\nreturn a + b\n", "return a + b")
         1.0
     """
     lines = prediction.lstrip("\n").split("\n")
@@ -187,10 +187,10 @@ def code_similarity_backend() -> str:
 
 
 def first_line(prediction: str) -> str:
-    """The answer's first line after leading line ends: what few-shot sets are scored on.
+    r"""The answer's first line after leading line ends: what few-shot sets are scored on.
 
     Examples:
-        >>> first_line("\\n\\nLocation\\nQuestion: next")
+        >>> first_line("\n\nLocation\nQuestion: next")
         'Location'
     """
     return prediction.lstrip("\n").split("\n")[0]
