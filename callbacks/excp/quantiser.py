@@ -147,7 +147,7 @@ class _Cells:
         if self.zero >= 0:
             mean[self.zero] = 0.0
             mass[self.zero] += self.num_zeros
-        bits = np.log2(self.num_values) - np.log2(np.maximum(mass, 1))
+        bits = np.log2(max(self.num_values, 1)) - np.log2(np.maximum(mass, 1))
         return mass, mean, bits
 
     def price(self, mean: Float64, bits: Float64, threshold: float) -> float:

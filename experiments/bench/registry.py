@@ -51,6 +51,7 @@ class Bench(NamedTuple):
 
 BENCHES: dict[str, Bench] = {
     "excp": Bench("excp", "checkpoints of real training runs: ratio and error, speed, blocked time, memory"),
+    "excp-resume": Bench("excp_resume", "training resumed three times from coded saves: loss and first update"),
     "specache": Bench("specache", "decoding with SpeCache: device bytes, tokens per second, exposed waits"),
     "weighted-gather": Bench("weighted_gather", "weighted sums of table rows, forward and backward"),
 }
