@@ -7,6 +7,8 @@ __getattr__, __dir__, __all__ = lazy.attach(
     submod_attrs={
         "checkpoint": ["RunCheckpoint"],
         "checkpoint_io": ["AtomicCheckpointIO"],
+        "excp.checkpoint_io": ["ExCPCheckpointIO"],
+        "excp.metrics": ["ExCPMetrics"],
         "generation_preview": ["GenerationPreview"],
         "graceful_interrupt": ["GracefulInterrupt"],
         "plain_progress": ["PlainProgress"],

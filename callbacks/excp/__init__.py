@@ -5,8 +5,11 @@ import lazy_loader as lazy
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
-        "codec": ["EncodedSave", "Reference", "decode", "encode"],
+        "checkpoint_io": ["ExCPCheckpointIO", "SaveEvent"],
+        "codec": ["EncodedSave", "Reference", "advance", "decode", "encode"],
+        "metrics": ["ExCPMetrics"],
         "options": ["ExCPOptions"],
         "report": ["ParameterReport", "SaveReport"],
+        "restore": ["Restored", "expanded", "load_checkpoint", "restore"],
     },
 )

@@ -85,6 +85,11 @@ class EncodedSave:
         return self.header["base_digest"] is None
 
     @property
+    def alias(self) -> bool:
+        """Whether all its tensors are those of its base."""
+        return "alias" in self.header
+
+    @property
     def base_digest(self) -> str | None:
         """Digest of the reference that it is coded against; None for a key frame."""
         return self.header["base_digest"]

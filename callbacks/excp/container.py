@@ -1,18 +1,21 @@
 """The file of an ExCP save: a torch archive whose clear part Lightning's tools read, with the coded parts as bytes.
 
 `torch.load(path, weights_only=True)` gives a dictionary with the checkpoint's small top-level entries as they are
-(`hyper_parameters`, `epoch`, `global_step`, versions) and, under `tenfold_excp`, magic, version and three byte tensors:
-the header (JSON, compressed), the rest of the checkpoint (a torch archive of its own, so that it can be checked before
-it is trusted) and the payload. Weights are not in the clear part: whoever looks for `state_dict` finds none.
+(`hyper_parameters`, `epoch`, `global_step`, versions) and, under `tenfold_excp`, magic, version, the save's identity
+and three byte tensors: the header (JSON, compressed), the rest of the checkpoint (a torch archive of its own, so that
+it can be checked before it is trusted) and the payload. Weights are not in the clear part: whoever looks for
+`state_dict` finds none.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
 import pickle
 import zipfile
 import zlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,49 +43,74 @@ _CLEAR = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Which save a file holds, and where in its chain.
+
+    Attributes:
+        save_id: digest of the content.
+        base_id: the save that it is coded against; None for a key frame.
+        chain_id: the chain's key frame.
+        position: saves between the key frame and this one, this one included; 0 for the key frame.
+        alias: whether it holds nothing but small values, its tensors being those of the base.
+    """
+
+    save_id: str
+    base_id: str | None = None
+    chain_id: str
+    position: int = 0
+    alias: bool = False
+
+
 def _bytes_tensor(data: bytes) -> Tensor:
     return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
 
 
-def write_save(encoded: EncodedSave, path: str | os.PathLike[str]) -> int:
+def write_save(encoded: EncodedSave, path: str | os.PathLike[str], base: Identity | None = None) -> Identity:
     """Writes a save under its final name as a whole or not at all, and flushed to the disk.
 
     Args:
         encoded: the save.
         path: the file; its folder is made.
+        base: the save that this one is coded against; None for a key frame.
 
     Returns:
-        the file's size in bytes.
+        what names the save.
 
     Raises:
         OSError: the disk is full or the folder not writable; what was under `path` is untouched then.
     """
     final = Path(path)
+    whole = envelope(encoded, base)
     final.parent.mkdir(parents=True, exist_ok=True)
     partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            torch.save(envelope(encoded), file)
+            torch.save(whole, file)
             file.flush()
             os.fsync(file.fileno())
-        size = partial.stat().st_size
         os.replace(partial, final)
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
-    # the rename itself is durable once the folder is
+    sync_folder(final.parent)
+    return Identity(**whole[KEY]["identity"])
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes what was renamed in a folder durable."""
     if os.name == "posix":
-        folder = os.open(final.parent, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
-    return size
+            os.close(descriptor)
 
 
-def envelope(encoded: EncodedSave) -> dict[str, Any]:
+def envelope(encoded: EncodedSave, base: Identity | None = None) -> dict[str, Any]:
     """The dictionary that the file holds."""
+    assert encoded.key_frame == (base is None), "a residual save names its base, a key frame has none"
     rest = io.BytesIO()
     torch.save(encoded.rest, rest)
     sections = {
@@ -95,7 +123,43 @@ def envelope(encoded: EncodedSave) -> dict[str, Any]:
     for name, data in sections.items():
         block[name] = _bytes_tensor(data)
         block[f"{name}_crc32"] = zlib.crc32(data)
+    block["identity"] = asdict(_identify(sections, base, alias=encoded.alias))
     return clear | {KEY: block}
+
+
+def _identify(sections: dict[str, bytes], base: Identity | None, *, alias: bool) -> Identity:
+    place = {
+        "base_id": base.save_id if base else None,
+        "position": base.position + 1 if base else 0,
+        "alias": alias,
+    }
+    digest = hashlib.sha256(json.dumps([place, base.chain_id if base else None]).encode())
+    for name in _SECTIONS:
+        digest.update(sections[name])
+    save_id = digest.hexdigest()[:32]
+    return Identity(save_id=save_id, chain_id=base.chain_id if base else save_id, **place)
+
+
+def read_identity(path: str | os.PathLike[str], *, weights_only: bool = True) -> Identity:
+    """Which save a file holds, without reading its payload.
+
+    Args:
+        path: the file.
+        weights_only: refuse hyper-parameters that are not plain values, as in `torch.load`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is something else, of a newer version or damaged.
+    """
+    path = Path(path)
+    return _identity(_block(_open(path, weights_only=weights_only), path), path)
+
+
+def _identity(block: dict[str, Any], path: Path) -> Identity:
+    try:
+        return Identity(**block["identity"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: its identity is missing or damaged; restore the file from a copy") from error
 
 
 def is_save(path: str | os.PathLike[str]) -> bool:
@@ -109,7 +173,7 @@ def is_save(path: str | os.PathLike[str]) -> bool:
 
 
 def read_save(path: str | os.PathLike[str], *, weights_only: bool = True) -> EncodedSave:
-    """Reads a save and checks its sections; `codec.decode` checks each tensor.
+    """Reads a save and checks its sections and identity; `codec.decode` checks each tensor.
 
     Args:
         path: the file.
@@ -120,17 +184,15 @@ def read_save(path: str | os.PathLike[str], *, weights_only: bool = True) -> Enc
         ValueError: the file is something else, of a newer version, cut off or altered.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    outer = _load(path, path, weights_only=weights_only)
-    block = outer.get(KEY) if isinstance(outer, dict) else None
-    if not isinstance(block, dict) or block.get("magic") != MAGIC:
-        raise ValueError(f"{path} is not an ExCP checkpoint; a plain one needs no ExCP to be loaded")
-    if block.get("version") != VERSION:
-        raise ValueError(
-            f"{path} has ExCP version {block.get('version')!r}, this tenfold reads version {VERSION}; upgrade tenfold"
-        )
+    outer = _open(path, weights_only=weights_only)
+    block = _block(outer, path)
+    identity = _identity(block, path)
     sections = {name: _section(block, name, path) for name in _SECTIONS}
+    base = None
+    if identity.base_id is not None:
+        base = Identity(save_id=identity.base_id, chain_id=identity.chain_id, position=identity.position - 1)
+    if _identify(sections, base, alias=identity.alias) != identity:
+        raise ValueError(f"{path}: its identity does not fit its content; restore the file from a copy")
     try:
         header = json.loads(zlib.decompress(sections["header"]))
     except (zlib.error, ValueError) as error:
@@ -143,9 +205,27 @@ def read_save(path: str | os.PathLike[str], *, weights_only: bool = True) -> Enc
     return encoded
 
 
-def _load(source: Path | io.BytesIO, path: Path, *, weights_only: bool) -> Any:
+def _open(path: Path, *, weights_only: bool = True) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    # mapped: whoever wants the identity alone does not read the payload
+    return _load(path, path, weights_only=weights_only, mmap=True)
+
+
+def _block(outer: Any, path: Path) -> dict[str, Any]:
+    block = outer.get(KEY) if isinstance(outer, dict) else None
+    if not isinstance(block, dict) or block.get("magic") != MAGIC:
+        raise ValueError(f"{path} is not an ExCP checkpoint; a plain one needs no ExCP to be loaded")
+    if block.get("version") != VERSION:
+        raise ValueError(
+            f"{path} has ExCP version {block.get('version')!r}, this tenfold reads version {VERSION}; upgrade tenfold"
+        )
+    return block
+
+
+def _load(source: Path | io.BytesIO, path: Path, *, weights_only: bool, mmap: bool = False) -> Any:
     try:
-        return torch.load(source, map_location="cpu", weights_only=weights_only)
+        return torch.load(source, map_location="cpu", weights_only=weights_only, mmap=mmap)
     except pickle.UnpicklingError as error:
         # torch's message is long and tells how to switch its check off; its first line names the type
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "not a torch archive"
