@@ -22,9 +22,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from typing_extensions import override
 
 from .. import callbacks, datamodules, lightning_modules
-from ..callbacks import AtomicCheckpointIO, GracefulInterrupt, PlainProgress, RunCheckpoint, StepSeed
+from ..callbacks import (
+    AtomicCheckpointIO,
+    ExCPCheckpointIO,
+    ExCPMetrics,
+    GracefulInterrupt,
+    PlainProgress,
+    RunCheckpoint,
+    StepSeed,
+)
+from ..callbacks.excp.container import KEY
+from ..callbacks.excp.restore import read_rest
 from .cli import is_our_complaint
-from .parser_messages import condense
+from .parser_messages import condense, said_by_a_constructor
 from .run_folder import CHECKPOINTS, LAST, RunFolder, RunOptions, free_name, named
 
 TERMINATED, INTERRUPTED = 143, 130
@@ -239,6 +249,10 @@ class TenfoldCLI(LightningCLI):
             else:
                 config["enable_progress_bar"] = False
                 callbacks.append(PlainProgress())
+        if any(isinstance(plugin, ExCPCheckpointIO) for plugin in _listed(config.get("plugins"))):
+            _check_strategy(config.get("strategy"))
+            if not any(isinstance(c, ExCPMetrics) for c in given):
+                callbacks.append(ExCPMetrics())
         SaveRunConfig.run_folder = self.run_folder
         try:
             trainer = super()._instantiate_trainer(config, callbacks)
@@ -277,6 +291,8 @@ class TenfoldCLI(LightningCLI):
             for cause in _chain(error):
                 if is_our_complaint(cause) and cause is not error:
                     raise ValueError(str(cause)) from error
+            if said := said_by_a_constructor(str(error)):
+                raise ValueError(said) from error
             raise
 
     @override
@@ -333,6 +349,8 @@ def _open_checkpoint(path: Path) -> dict[str, Any]:
             f"--ckpt_path {path} cannot be read as a checkpoint of plain data ({reason}); it may be cut short, or hold"
             " objects: name another file"
         ) from error
+    if isinstance(checkpoint, dict) and KEY in checkpoint:
+        checkpoint = read_rest(path)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"--ckpt_path {path} is no checkpoint of Lightning: it has no `state_dict`; name another file")
     return checkpoint
@@ -346,6 +364,22 @@ def _best_of(last: Path) -> Path:
     if not paths or not paths[0].exists():
         raise ValueError(f"--ckpt_path best: {last} names no other checkpoint that is still there; use `last`")
     return paths[0]
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _check_strategy(strategy: Any) -> None:
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    for refused, instead in (("fsdp", "ExCPFSDPStrategy"), ("modelparallel", "ExCPModelParallelStrategy")):
+        if name.lower().replace("_", "").startswith(refused):
+            raise ValueError(
+                f"strategy {name} reads checkpoint files past ExCPCheckpointIO; use --trainer.strategy={instead}, or"
+                " leave the plugin out"
+            )
+    if name.lower().startswith("deepspeed"):
+        raise ValueError(f"strategy {name} writes a format of its own, which ExCP does not code; leave the plugin out")
 
 
 def _write_atomically(trainer: Trainer) -> None:

@@ -54,6 +54,18 @@ def condense(message: str, *, class_names: Iterable[str] = (), options: Iterable
     return flat
 
 
+def said_by_a_constructor(message: str) -> str | None:
+    r"""What a class that a configuration names said about its arguments, inside the parser's message about all types.
+
+    >>> said_by_a_constructor("Errors:\n  - Expected a <class 'list'>\n  - sparsity is 2; use 0 to 1")
+    'sparsity is 2; use 0 to 1'
+    """
+    noise = ("Import path ", "Expected a", "Does not validate", "Not a valid subclass", "Problem with given")
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines() if line.strip().startswith("- ")]
+    useful = [line for line in lines if not line.startswith(noise)]
+    return useful[0] if len(useful) == 1 else None
+
+
 def _nearest(asked: str, names: Iterable[str], *, show_all: bool = False) -> str:
     known = sorted(set(names))
     near = difflib.get_close_matches(asked, known, n=3, cutoff=0.6)

@@ -113,7 +113,7 @@ class ExCPCheckpointIO(CheckpointIO):
 
     def __init__(
         self,
-        options: ExCPOptions | None = None,
+        options: ExCPOptions = ExCPOptions(),  # noqa: B008 (frozen; None would hide its fields on the command line)
         *,
         key_frame_every: int = 20,
         asynchronous: bool = True,
@@ -124,7 +124,7 @@ class ExCPCheckpointIO(CheckpointIO):
             raise ValueError(f"ExCP: key_frame_every={key_frame_every} is out of range; use 1 or more")
         if workers < 1:
             raise ValueError(f"ExCP: workers={workers} is out of range; use 1 or more")
-        self.options = options or ExCPOptions()
+        self.options = options
         require_backend(self.options.backend)
         self.key_frame_every, self.asynchronous, self.workers = key_frame_every, asynchronous, workers
         self.exact_steps = exact_steps

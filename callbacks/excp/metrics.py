@@ -29,10 +29,10 @@ class ExCPMetrics(Callback):
         self._log(trainer)
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         io = trainer.strategy.checkpoint_io
         if isinstance(io, ExCPCheckpointIO):
-            # the last save would be logged nowhere
+            # the last save is made when training has ended
             io.wait()
         self._log(trainer)
 

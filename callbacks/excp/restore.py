@@ -96,6 +96,22 @@ def _read(base: Path, path: Path, *, weights_only: bool) -> EncodedSave:
         raise ValueError(f"{path} needs a save that is damaged: {error}") from error
 
 
+def read_rest(path: str | os.PathLike[str], *, weights_only: bool = True) -> dict[str, Any]:
+    """What a coded checkpoint holds besides its coded tensors, which are None, without decoding any.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or a save that it needs is not there.
+    """
+    path = Path(path)
+    encoded = read_save(path, weights_only=weights_only)
+    try:
+        store_of(path).chain(read_identity(path, weights_only=weights_only))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return encoded.rest
+
+
 def load_checkpoint(
     path: str | os.PathLike[str], *, weights_only: bool = True, workers: int = 2, progress: Progress | None = None
 ) -> dict[str, Any]:
