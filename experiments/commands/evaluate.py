@@ -3,8 +3,10 @@
 import argparse
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 _WIKIPEDIA_TASKS = ("wikipedia_bits_per_byte", "wikipedia_title_cloze")
 _WIKIPEDIA_GROUP = "tenfold_wikipedia"
@@ -51,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
         help="dtype of the weights; auto (default): as stored, but float32 on a CPU",
+    )
+    how.add_argument(
+        "--storage", choices=("memory", "pinned", "mmap", "direct"), help="where MoLE's table is read from (mmap)"
     )
     how.add_argument("--seed", type=int, help="seed of all random draws; default: lm-eval's own seeds")
     how.add_argument(
@@ -135,30 +140,32 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         )
     data_dirs = _paths(arguments.data_dir)
     shipped_data = _write_wikipedia(arguments.model) if _needs_wikipedia(tasks, data_dirs) else None
-    results = evaluate_model(
-        _resolve(arguments.model),
-        tasks=tasks,
-        tokenizer=None if arguments.tokenizer is None else _resolve(arguments.tokenizer),
-        num_fewshot=arguments.num_fewshot,
-        batch_size=arguments.batch_size,
-        limit=arguments.limit,
-        seed=arguments.seed,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        max_length=arguments.max_length,
-        apply_chat_template=arguments.apply_chat_template,
-        system_instruction=arguments.system_instruction,
-        use_cache=arguments.use_cache,
-        data_dir=data_dirs,
-        shipped_data_dir=shipped_data,
-        include_path=arguments.include_path,
-        output_dir=output,
-        overwrite=arguments.overwrite,
-        log_samples=arguments.log_samples,
-        wandb=wandb,
-        model_label=label,
-        confirm_run_unsafe_code=arguments.confirm_run_unsafe_code,
-    )
+    model = _resolve(arguments.model)
+    with _table_storage(arguments, model):
+        results = evaluate_model(
+            model,
+            tasks=tasks,
+            tokenizer=None if arguments.tokenizer is None else _resolve(arguments.tokenizer),
+            num_fewshot=arguments.num_fewshot,
+            batch_size=arguments.batch_size,
+            limit=arguments.limit,
+            seed=arguments.seed,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            max_length=arguments.max_length,
+            apply_chat_template=arguments.apply_chat_template,
+            system_instruction=arguments.system_instruction,
+            use_cache=arguments.use_cache,
+            data_dir=data_dirs,
+            shipped_data_dir=shipped_data,
+            include_path=arguments.include_path,
+            output_dir=output,
+            overwrite=arguments.overwrite,
+            log_samples=arguments.log_samples,
+            wandb=wandb,
+            model_label=label,
+            confirm_run_unsafe_code=arguments.confirm_run_unsafe_code,
+        )
     if results is not None and main_process:
         print_scores(results)
         if truncated := results["tenfold"]["num_truncated"]:
@@ -170,6 +177,18 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _paths(path: Path | None) -> list[Path]:
     return [] if path is None else [path]
+
+
+def _table_storage(arguments: argparse.Namespace, model: str | Path) -> AbstractContextManager[Any]:
+    """What `--storage` asks for, while the model is loaded."""
+    if arguments.storage is None:
+        return nullcontext()
+    from ...lightning_modules.mole.lookup import table_storage
+    from ...lightning_modules.mole.table import TABLE_FILE
+
+    if not Path(model, TABLE_FILE).is_file():
+        raise ValueError(f"--storage {arguments.storage}: {arguments.model} is not the folder of a lookup form")
+    return table_storage(arguments.storage)
 
 
 def _resolve(name: str) -> str | Path:

@@ -22,7 +22,12 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="of the weights; auto is float32 on a CPU, else as stored",
     )
-    parser.add_argument("--table-storage", choices=("memory", "mmap"), help="where MoLE's table is read from (mmap)")
+    parser.add_argument(
+        "--storage",
+        choices=("memory", "pinned", "mmap", "direct"),
+        help="where MoLE's table is read from: memory, page-locked memory, a memory map (the default), or the device "
+        "past the file cache",
+    )
     return parser
 
 
@@ -35,7 +40,6 @@ def main(argv: list[str]) -> int:
     from transformers import TextStreamer
 
     from ...inference.evals.loading import pick_device
-    from ...lightning_modules.mole import LookupTable
     from ..model_source import load_source, source_tokenizer
 
     if args.max_new_tokens < 1:
@@ -43,12 +47,13 @@ def main(argv: list[str]) -> int:
     device = pick_device(args.device)
     source = load_source(args.model, dtype=args.dtype, device=device)
     model, tokenizer = source.model, source_tokenizer(source, args.tokenizer)
+    if args.storage:
+        if not hasattr(model, "use_storage"):
+            raise ValueError(
+                f"--storage {args.storage}: {args.model} is not a lookup form; export one, or leave it out"
+            )
+        model.use_storage(args.storage)
     table = getattr(getattr(model, "model", None), "table", None)
-    if args.table_storage:
-        if table is None:
-            raise ValueError(f"--table-storage {args.table_storage}: {args.model} is not a lookup form")
-        table = LookupTable.open(table.path, args.table_storage)
-        model.attach_table(table)
     prompt = args.prompt if args.prompt is not None else sys.stdin.read()
     if args.chat:
         if not tokenizer.chat_template:
@@ -82,6 +87,6 @@ def main(argv: list[str]) -> int:
     new = out.shape[1] - ids.shape[1]
     cost = f"{new} tokens in {seconds:.2f} s, {new / seconds:.1f} tokens/s"
     if table is not None:
-        cost += f", {table.bytes_read:,} bytes read from the table ({table.row_bytes:,} per token)"
+        cost += f", {table.bytes_read:,} bytes read from the table ({table.row_bytes:,} per token), {table.storage}"
     print(cost, file=sys.stderr)
     return 0

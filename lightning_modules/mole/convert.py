@@ -6,24 +6,27 @@ the vocabulary, and cast once.
 
 import copy
 import shutil
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...kernels.quantised_rows import Quantisation, RowLayout
 from ...kernels.tensor_file import TensorFileWriter
 from ...kernels.tensor_file.tensor_file import ALIGNMENT_BYTES
 from ..decoder.modeling import DecoderForCausalLM
-from .lookup import MAGIC, TABLE_FILE, VERSION, LookupTable, MoLELookupConfig, MoLELookupForCausalLM, tensor_digest
+from .lookup import MoLELookupConfig, MoLELookupForCausalLM, tensor_digest
 from .modeling import MoLEFeedForward
+from .table import MAGIC, TABLE_FILE, VERSION, LookupTable, row_checksums, table_metadata
 
+# temporaries per value while a layer is quantised
+QUANTISING_BYTES = 24
 TableDtype = Literal["float64", "float32", "bfloat16", "float16"]
+ScaleDtype = Literal["float16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,38 @@ class TablePlan:
     """What an export will take.
 
     chunk_ids: token ids per chunk; working_bytes: memory for one chunk, the model aside; file_bytes: size of the rows
-    with padding; row_bytes: bytes of one row without padding.
+    with padding; layout: of one row.
     """
 
     chunk_ids: int
     working_bytes: int
     file_bytes: int
-    row_bytes: int
+    layout: RowLayout
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row without padding."""
+        return self.layout.record_bytes
+
+
+class TableError:
+    """What rounding or quantising did to a table, added up chunk by chunk."""
+
+    def __init__(self) -> None:
+        self._squares = self._signal = 0.0
+        self.max_abs = 0.0
+
+    def add(self, values: Tensor, stored: Tensor) -> None:
+        """Compare values with what was stored for them."""
+        difference = stored.to(values.dtype) - values
+        self._squares += difference.square().sum(dtype=torch.float64).item()
+        self._signal += values.square().sum(dtype=torch.float64).item()
+        self.max_abs = max(self.max_abs, difference.abs().max().item())
+
+    @property
+    def relative_rms(self) -> float:
+        """Root mean square of the error over that of the values."""
+        return (self._squares / self._signal) ** 0.5 if self._signal else 0.0
 
 
 def check_lookup_ready(model: Any) -> list[MoLEFeedForward]:
@@ -63,21 +91,33 @@ def check_lookup_ready(model: Any) -> list[MoLEFeedForward]:
     return layers
 
 
-def plan_table(model: Any, dtype: TableDtype, memory_limit_bytes: int) -> TablePlan:
+def plan_table(
+    model: Any,
+    dtype: TableDtype,
+    memory_limit_bytes: int,
+    *,
+    quantisation: Quantisation = "none",
+    scale_dtype: ScaleDtype = "float16",
+) -> TablePlan:
     """Chunk size, working memory and file size for a memory limit.
 
     Raises:
-        ValueError: the limit does not hold the work for a single id.
+        ValueError: the limit does not hold the work for a single id, or the sizes cannot be quantised.
     """
     layers, config = check_lookup_ready(model), model.config
     num_experts, width, d = layers[0].lookup.experts.up.shape
-    itemsize = getattr(torch, dtype).itemsize
+    layout = RowLayout.of((len(layers), num_experts, d), quantisation, dtype=dtype, scale_dtype=scale_dtype)
     compute = max(4, model.get_input_embeddings().weight.itemsize)
-    row_bytes = len(layers) * num_experts * d * itemsize
-    padded = -(-row_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    stride = layout.record_bytes
+    if quantisation == "none":
+        stride += -stride % ALIGNMENT_BYTES
     # per id: the row; its embedding, and the norm's temporaries; two hidden activations; two copies of one layer's
     # output. Beside them one layer's weights, which a 16-bit model needs in both types for a moment
-    per_id = padded + compute * (4 * d + num_experts * (2 * width + 2 * d))
+    working = compute * num_experts * (2 * width + 2 * d)
+    if quantisation != "none":
+        # after the activations: one layer's output, scaled, as codes, as bits, and read back for the error
+        working = max(working, (compute + QUANTISING_BYTES) * num_experts * d)
+    per_id = stride + 4 * compute * d + working
     stored = model.get_input_embeddings().weight.itemsize
     fixed = (compute if stored == compute else compute + stored) * 2 * num_experts * width * d
     if memory_limit_bytes < fixed + per_id:
@@ -86,25 +126,25 @@ def plan_table(model: Any, dtype: TableDtype, memory_limit_bytes: int) -> TableP
             f"and a single id need; raise it"
         )
     chunk_ids = min(config.vocab_size, (memory_limit_bytes - fixed) // per_id)
-    return TablePlan(chunk_ids, fixed + chunk_ids * per_id, config.vocab_size * padded, row_bytes)
+    return TablePlan(chunk_ids, fixed + chunk_ids * per_id, config.vocab_size * stride, layout)
 
 
 @torch.no_grad()
-def table_chunks(model: Any, dtype: TableDtype, plan: TablePlan) -> Iterator[Tensor]:
-    """Rows of consecutive ids in `dtype`, padded to the file's alignment: each (at most chunk_ids, padded row).
+def table_chunks(model: Any, plan: TablePlan, *, error: TableError | None = None) -> Iterator[Tensor]:
+    """Rows of consecutive ids as bytes, padded to the file's alignment: each (at most chunk_ids, padded row) uint8.
 
     A chunk is valid until the next one: they share their memory.
 
     Raises:
-        ValueError: a value is not finite or outside the range of `dtype`; the message says where.
+        ValueError: a value is not finite or outside the range of the table's type; the message says where.
     """
-    layers, embedding = check_lookup_ready(model), model.get_input_embeddings().weight
+    layers, embedding, layout = check_lookup_ready(model), model.get_input_embeddings().weight, plan.layout
     compute = embedding.dtype if embedding.dtype in (torch.float32, torch.float64) else torch.float32
-    target = getattr(torch, dtype)
+    plain = layout.quantisation == "none"
+    target = getattr(torch, layout.dtype if plain else "float32")
     limit = torch.finfo(target).max
-    num_experts, _, d = layers[0].lookup.experts.up.shape
-    size = num_experts * d
-    rows = torch.zeros(plan.chunk_ids, plan.file_bytes // len(embedding) // target.itemsize, dtype=target)
+    size = layout.layer_bytes
+    rows = torch.zeros(plan.chunk_ids, plan.file_bytes // len(embedding), dtype=torch.uint8)
     for start in range(0, len(embedding), plan.chunk_ids):
         ids = embedding[start : start + plan.chunk_ids].to(compute)
         for index, layer in enumerate(layers):
@@ -117,9 +157,15 @@ def table_chunks(model: Any, dtype: TableDtype, plan: TablePlan) -> Iterator[Ten
                 fix = "export as bfloat16 or float32" if abs(value) < float("inf") else "the weights are damaged"
                 raise ValueError(
                     f"expert {expert} of layer {index} gives {value} for token id {start + row}, "
-                    f"the limit of {dtype} is {limit:.4g}; {fix}"
+                    f"the limit of {str(target).removeprefix('torch.')} is {limit:.4g}; {fix}"
                 )
-            rows[: len(ids), index * size : (index + 1) * size] = values.flatten(1)
+            part = rows[: len(ids), index * size : (index + 1) * size]
+            if plain:
+                part.view(target)[:] = values.flatten(1)
+            else:
+                part[:] = layout.encode(values)
+            if error is not None:
+                error.add(values, layout.decode(part))
             # the next layer's would be beside them
             del lookup, values, bad
         yield rows[: len(ids)]
@@ -130,55 +176,63 @@ def write_table(
     path: Path,
     *,
     dtype: TableDtype = "bfloat16",
+    quantisation: Quantisation = "none",
+    scale_dtype: ScaleDtype = "float16",
     memory_limit_bytes: int = 2**30,
     progress: Callable[[int], None] | None = None,
+    error: TableError | None = None,
 ) -> dict[str, Any]:
     """Write the table file and return its metadata.
 
     Args:
         model: training form.
         path: final name; nothing is there before the table is complete.
-        dtype: element type of the table.
+        dtype: element type of the table when it is not quantised.
+        quantisation: `int8`, `nf4` (blocks of 768) or `nf3` (blocks of 128), see `RowLayout`.
+        scale_dtype: type of the blocks' scales.
         memory_limit_bytes: bound on the working memory, the model aside.
         progress: called with the number of ids just written after each chunk.
+        error: gets what storing did to the values.
 
     Raises:
         ValueError: see `check_lookup_ready`, `plan_table` and `table_chunks`.
         OSError: the disk has less room than the table needs.
     """
     layers, config = check_lookup_ready(model), model.config
-    plan = plan_table(model, dtype, memory_limit_bytes)
-    num_experts, width, d = layers[0].lookup.experts.up.shape
-    padded = plan.file_bytes // config.vocab_size // getattr(torch, dtype).itemsize
+    plan = plan_table(model, dtype, memory_limit_bytes, quantisation=quantisation, scale_dtype=scale_dtype)
+    layout = plan.layout
     table_inputs = {"model.embed_tokens.weight": model.get_input_embeddings().weight} | {
         f"model.layers.{index}.feed_forward.lookup.{name}": tensor
         for index, layer in enumerate(layers)
         for name, tensor in layer.lookup.named_parameters()
     }
-    metadata = {
-        "shape": [config.vocab_size, len(layers), num_experts, d],
-        "layout": "[vocab, layer, expert, hidden]",
-        "dtype": dtype,
-        "expert_intermediate_size": width,
+    metadata = table_metadata(config.vocab_size, layout, layout.dtype) | {
+        "expert_intermediate_size": layers[0].lookup.experts.up.shape[1],
         "hidden_act": config.hidden_act,
         "norm_eps": config.norm_eps,
         "digests": {name: tensor_digest(tensor) for name, tensor in table_inputs.items()},
     }
+    stride = plan.file_bytes // config.vocab_size
+    element = getattr(torch, layout.dtype)
     writer = TensorFileWriter(
         path,
         magic=MAGIC,
         version=VERSION,
-        parts={"rows": (dtype, (config.vocab_size, padded)), "row_crc32": ("uint32", (config.vocab_size,))},
+        parts={
+            "rows": (layout.dtype, (config.vocab_size, stride // element.itemsize)),
+            "layer_crc32": ("uint32", (config.vocab_size, layout.num_layers)),
+        },
         metadata=metadata,
     )
-    checksums: list[int] = []
+    checksums: list[Any] = []
     with writer:
-        for rows in table_chunks(model, dtype, plan):
-            writer.write("rows", rows)
-            checksums += map(zlib.crc32, rows.view(torch.uint8).numpy())
+        for rows in table_chunks(model, plan, error=error):
+            writer.write("rows", rows.view(element))
+            checksums.append(row_checksums(rows, layout))
             if progress is not None:
                 progress(len(rows))
-        writer.write("row_crc32", np.array(checksums, dtype=np.uint32))
+        for part in checksums:
+            writer.write("layer_crc32", part)
     return metadata
 
 
@@ -209,9 +263,8 @@ def export_lookup(
     folder: Path,
     *,
     tokenizer: Any = None,
-    dtype: TableDtype = "bfloat16",
-    memory_limit_bytes: int = 2**30,
-    progress: Callable[[int], None] | None = None,
+    quantisation: Quantisation = "none",
+    **options: Any,
 ) -> dict[str, Any]:
     """Write the lookup form of a model as a folder that `AutoModelForCausalLM` loads; returns the table's metadata.
 
@@ -219,9 +272,8 @@ def export_lookup(
         model: training form.
         folder: new folder for `config.json`, `model.safetensors` and the table.
         tokenizer: saved beside them when given.
-        dtype: element type of the table; the other weights keep theirs.
-        memory_limit_bytes: bound on the working memory, the model aside.
-        progress: called with the number of ids just written after each chunk.
+        quantisation: of the table; the other weights keep their type.
+        **options: as for `write_table`.
 
     Raises:
         ValueError: see `write_table`; or the folder exists.
@@ -229,13 +281,12 @@ def export_lookup(
     """
     layers = check_lookup_ready(model)
     with new_folder(folder) as temporary:
-        metadata = write_table(
-            model, temporary / TABLE_FILE, dtype=dtype, memory_limit_bytes=memory_limit_bytes, progress=progress
-        )
+        metadata = write_table(model, temporary / TABLE_FILE, quantisation=quantisation, **options)
         fields = model.config.to_dict()
         for name in ("model_type", "feed_forward", "feed_forward_options", "architectures", "transformers_version"):
             fields.pop(name, None)
-        config = MoLELookupConfig(**fields, num_experts=layers[0].router.out_features)
+        num_experts = layers[0].router.out_features
+        config = MoLELookupConfig(**fields, num_experts=num_experts, table_quantisation=quantisation)
         with torch.device("meta"):
             lookup = MoLELookupForCausalLM(config)
         kept = {name: tensor for name, tensor in model.state_dict().items() if ".feed_forward.lookup." not in name}
@@ -270,6 +321,20 @@ def compare_forms(
         same = (one == other)[:, 1:].long().cumprod(dim=1)
         result |= {"identical_greedy_tokens": int(same.sum()), "greedy_tokens": same.numel()}
     return result
+
+
+@torch.no_grad()
+def compare_loss(training: Any, lookup: Any, sequences: Iterable[Tensor]) -> dict[str, float]:
+    """Next-token loss in nats of both forms on token sequences (T,), mean over all predicted tokens."""
+    sums = {"experts": 0.0, "lookup": 0.0}
+    count = 0
+    for sequence in sequences:
+        ids = sequence.unsqueeze(0).to(training.device)
+        for name, model in (("experts", training), ("lookup", lookup)):
+            logits = model(ids).logits[0, :-1].float()
+            sums[name] += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        count += ids.shape[1] - 1
+    return {name: total / count for name, total in sums.items()}
 
 
 def count_bytes_per_token(lookup: Any, token_id: int, num_tokens: int = 16) -> dict[str, float]:

@@ -1,38 +1,33 @@
-"""MoLE in its lookup form: routed experts replaced by rows of a table on disk or in memory (arXiv 2503.15798, 3.3).
-
-`table[i, l, j, :]` is what expert j of layer l gives for token id i. The row of one id is contiguous and starts on a
-page of the file, so one token needs one read, known before the first layer runs.
-"""
+"""MoLE in its lookup form: routed experts replaced by rows of a table on disk or in memory (arXiv 2503.15798, 3.3)."""
 
 import hashlib
 import os
 import shutil
-import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.utils import cached_file
 
-from ...kernels.tensor_file import TensorFile
+from ...kernels.quantised_rows import weighted_gather_records
+from ...kernels.row_storage import STORAGES, Storage
 from ..decoder.configuration import DecoderConfig
 from ..decoder.feed_forward import DenseFeedForward
 from ..decoder.modeling import DecoderForCausalLM, DecoderModel
 from ..decoder.slots import FEED_FORWARDS
 from ..decoder.tokens import TokenContext
-from .modeling import combine, router_gates
+from .modeling import router_gates
+from .table import TABLE_FILE, LookupTable
 
-TABLE_FILE = "lookup_table.tenfold"
-MAGIC = b"TF-MoLE\0"
-VERSION = 1
 EMBEDDING = "model.embed_tokens.weight"
 HUB_OPTIONS = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")
-# above this many bytes of distinct rows in one forward pass, each layer reads its own slice of the rows
-WHOLE_ROWS_LIMIT_BYTES = 2**30
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -43,77 +38,17 @@ def tensor_digest(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-class LookupTable:
-    """Rows by token id, with a count of the bytes that were read.
+_STORAGE: ContextVar[Storage | None] = ContextVar("table_storage", default=None)
 
-    Args:
-        file: an opened table file.
-        storage: `memory` reads the whole table and checks it; `mmap` leaves it on disk, reads the pages of the rows
-            that are asked for, and checks a row when it is first read.
-    """
 
-    def __init__(self, file: TensorFile, storage: Literal["memory", "mmap"]) -> None:
-        if storage not in ("memory", "mmap"):
-            raise ValueError(f"table_storage {storage!r} is neither 'memory' nor 'mmap'")
-        self.path, self.metadata, self.storage = file.path, file.metadata, storage
-        self._file = file
-        padded = file.read("rows") if storage == "memory" else file.memory_map("rows")  # (V, padded row)
-        self._row_bytes = padded.view(torch.uint8).numpy()
-        self._row_checksums = file.read("row_crc32").numpy()
-        # a table in memory was checked as a whole
-        self._checked = np.full(len(padded), storage == "memory")
-        num_layers, num_experts, hidden_size = self.metadata["shape"][1:]
-        row = num_layers * num_experts * hidden_size
-        self.values = padded[:, :row].unflatten(1, (num_layers, num_experts, hidden_size))  # (V, L, N, d)
-        self.bytes_read = 0
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str], storage: Literal["memory", "mmap"] = "mmap") -> Self:
-        """Open a table file.
-
-        Raises:
-            ValueError: another kind of file, truncated or altered.
-            FileNotFoundError: there is none.
-        """
-        return cls(TensorFile(path, magic=MAGIC, version=VERSION), storage)
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Vocabulary rows, layers, experts, width."""
-        return tuple(self.metadata["shape"])
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes read for one token: L * N * d * bytes per value."""
-        return self.values[0].numel() * self.values.itemsize
-
-    def rows(self, ids: Tensor, layer: int | None = None) -> Tensor:
-        """Rows of distinct ids: (U,) to (U, L, N, d), or to (U, N, d) for one layer. Counts the bytes.
-
-        Raises:
-            ValueError: a memory-mapped row is not the one that was written.
-        """
-        index = ids.cpu()
-        self._check_rows(index.numpy())
-        rows = self.values[index] if layer is None else self.values[index, layer]
-        self.bytes_read += rows.numel() * rows.itemsize
-        return rows
-
-    def _check_rows(self, ids: np.ndarray) -> None:
-        for index in ids[~self._checked[ids]].tolist():
-            if zlib.crc32(self._row_bytes[index]) != self._row_checksums[index]:
-                raise ValueError(
-                    f"{self.path}: the row of token id {index} fails its checksum: altered; export the table again"
-                )
-            self._checked[index] = True
-
-    def verify(self) -> None:
-        """Read the whole file once and compare its checksums.
-
-        Raises:
-            ValueError: a part of it differs.
-        """
-        self._file.verify()
+@contextmanager
+def table_storage(storage: Storage) -> Iterator[None]:
+    """Tables of models that are loaded meanwhile are read from here, whatever their configuration says."""
+    token = _STORAGE.set(storage)
+    try:
+        yield
+    finally:
+        _STORAGE.reset(token)
 
 
 class MoLELookupConfig(DecoderConfig):
@@ -121,7 +56,11 @@ class MoLELookupConfig(DecoderConfig):
 
     Args:
         num_experts: routed experts per layer, N.
-        table_storage: `mmap` leaves the table on disk, `memory` reads it whole.
+        table_storage: where rows are read from: `memory`, `pinned`, `mmap` or `direct`, see `LookupTable`.
+        table_quantisation: how the table is stored: `none`, `int8`, `nf4` or `nf3`.
+
+    Raises:
+        ValueError: an unknown storage.
     """
 
     model_type = "tenfold-mole-lookup"
@@ -129,6 +68,13 @@ class MoLELookupConfig(DecoderConfig):
     feed_forward: str = "mole_lookup"
     num_experts: int = 4
     table_storage: str = "mmap"
+    table_quantisation: str = "none"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Check the storage's name, then the decoder's fields."""
+        if self.table_storage not in STORAGES:
+            raise ValueError(f"table_storage {self.table_storage!r} is not one of {', '.join(STORAGES)}")
+        super().__post_init__(**kwargs)
 
 
 class MoLELookupFeedForward(nn.Module):
@@ -149,8 +95,9 @@ class MoLELookupFeedForward(nn.Module):
         """Map the normalised residual stream (B, T, d) to (B, T, d)."""
         gates = router_gates(self.router, hidden_states)  # (B, T, N)
         shared = self.shared(hidden_states)
-        values = tokens.shared["rows"](self.layer_index).to(shared.dtype)  # (U, N, d)
-        return shared + combine(values, gates, tokens).view(shared.shape).to(shared.dtype)
+        records, ids, layout = tokens.shared["records"](self.layer_index)
+        routed = weighted_gather_records(records, ids, gates.reshape(-1, gates.shape[-1]), layout)
+        return shared + routed.view(shared.shape).to(shared.dtype)
 
 
 class MoLELookupModel(DecoderModel):
@@ -182,14 +129,28 @@ class MoLELookupModel(DecoderModel):
         table = self.table
         if table is None:
             raise ValueError("no lookup table is attached; load the model with from_pretrained or call attach_table")
+        num_rows = len(self.get_input_embeddings().weight)  # type: ignore[arg-type]
+        if num_rows != table.shape[0]:
+            raise ValueError(
+                f"the embedding has {num_rows} rows, the table {table.shape[0]}: the vocabulary was resized after the "
+                f"export; resize the training form and export it again"
+            )
         tokens = super().token_context(input_ids, embeddings, attention_mask)
-        ids, device = tokens.distinct.ids, embeddings.device
-        if len(ids) * table.row_bytes <= WHOLE_ROWS_LIMIT_BYTES:
-            rows = table.rows(ids).to(device)
-            tokens.shared["rows"] = lambda layer: rows[:, layer]
+        layout, resident = table.layout, table.on_device(embeddings.device)
+        take: Callable[[int], Tensor]
+        if resident is not None:
+            # the GPU addresses rows by token id: nothing is copied, and no id is looked at
+            places = input_ids.reshape(-1)
+            take = partial(_layer_of, resident, layout.layer_bytes)
         else:
-            tokens.shared["rows"] = lambda layer: table.rows(ids, layer).to(device)
+            ids, inverse = torch.unique(input_ids, return_inverse=True)
+            places, take = inverse.reshape(-1), table.begin_pass(ids, embeddings.device).part
+        tokens.shared["records"] = lambda layer: (take(layer), places, layout)
         return tokens
+
+
+def _layer_of(records: Tensor, layer_bytes: int, layer: int) -> Tensor:
+    return records[:, layer * layer_bytes : (layer + 1) * layer_bytes]
 
 
 class MoLELookupForCausalLM(DecoderForCausalLM):
@@ -206,16 +167,34 @@ class MoLELookupForCausalLM(DecoderForCausalLM):
         """Use this table.
 
         Raises:
-            ValueError: its vocabulary, layers, experts or width are not the model's.
+            ValueError: its quantisation, vocabulary, layers, experts or width are not the model's.
         """
         config = self.config
         expected = (config.vocab_size, config.num_hidden_layers, config.num_experts, config.hidden_size)
+        stored = table.layout.quantisation
+        if stored != config.table_quantisation:
+            raise ValueError(
+                f"{table.path} is quantised as {stored!r}, the model's configuration says "
+                f"{config.table_quantisation!r}; take configuration and table from the same export"
+            )
         if table.shape != expected:
             raise ValueError(
                 f"{table.path} holds [vocabulary, layers, experts, width] {list(table.shape)}, the model needs "
                 f"{list(expected)}; export the table from this model"
             )
         self.model.table = table
+
+    def use_storage(self, storage: Storage, *, pinned_limit_bytes: int | None = None) -> None:
+        """Read the table from another place from now on; the count of bytes begins anew.
+
+        Raises:
+            ValueError: an unknown storage, or memory that cannot be locked.
+        """
+        before = self.model.table
+        if before is None:
+            raise ValueError("no lookup table is attached; load the model with from_pretrained or call attach_table")
+        self.attach_table(LookupTable.open(before.path, storage, pinned_limit_bytes=pinned_limit_bytes))
+        before.close()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -241,7 +220,7 @@ class MoLELookupForCausalLM(DecoderForCausalLM):
             path = cached_file(folder, TABLE_FILE, _raise_exceptions_for_missing_entries=False, **location)
         if path is None or not os.path.isfile(path):
             raise ValueError(f"{folder} has no {TABLE_FILE}; make it with `tenfold export --form lookup`")
-        table = LookupTable.open(path, model.config.table_storage)
+        table = LookupTable.open(path, _STORAGE.get() or model.config.table_storage)
         model.attach_table(table)
         check_embedding(Path(path).parent, table)
         return loaded if with_info else model

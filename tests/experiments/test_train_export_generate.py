@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from tenfold.experiments.cli import main
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CONFIG = """
 trainer:
@@ -70,8 +72,71 @@ def test_all_forms_generate_the_same_text(run: Path, capsys: pytest.CaptureFixtu
     # 12 forward passes: the prompt's distinct tokens, then one token each; the last one is not fed back
     row = 2 * 4 * 32 * 4
     assert f"({row:,} per token)" in cost
-    in_memory, _ = generated(capsys, run / "lookup", "--table-storage", "memory")
-    assert in_memory == lookup
+    for storage in ("memory", "direct"):
+        other, cost = generated(capsys, run / "lookup", "--storage", storage)
+        assert other == lookup
+        assert cost.rstrip().endswith(f"per token), {storage}")
+
+
+@pytest.mark.parametrize(("kind", "largest"), [("int8", 0.01), ("nf4", 0.2), ("nf3", 0.3)])
+def test_quantised_tables_say_their_error_and_loss(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, largest: float
+) -> None:
+    output = tmp_path / kind
+    arguments = ["--form", "lookup", "--quantisation", kind, "--score-text", os.__file__]
+    assert main(["export", *arguments, "--model", str(run / "plain"), "--output", str(output)]) == 0
+    said = capsys.readouterr().out
+    error = float(re.search(r"error of the stored values: (\S+) of their size", said)[1])
+    assert largest / 20 < error < largest
+    experts, table = (float(text) for text in re.search(r"experts (\S+), table (\S+) nats", said).groups())
+    assert 0 < abs(table - experts) < 0.2 or kind == "int8"
+    # the score is that of the exported folder, computed here once more
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    text = torch.tensor(tokenizer(Path(os.__file__).read_text(encoding="utf-8")).input_ids)
+    nats, count = 0.0, 0
+    with torch.no_grad():
+        for piece in text.split(256)[:16]:
+            loss = model(piece[None], labels=piece[None]).loss.item()
+            nats, count = nats + loss * (len(piece) - 1), count + len(piece) - 1
+    assert table == pytest.approx(nats / count, abs=1e-4)
+    assert f"on {count + 16:,} tokens" in said
+    mmap, _ = generated(capsys, output)
+    direct, _ = generated(capsys, output, "--storage", "direct")
+    assert mmap == direct
+
+
+def test_evaluation_reads_the_table_from_where_it_is_told(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tenfold.lightning_modules.mole import LookupTable
+
+    opened = []
+    real = LookupTable.open.__func__
+    monkeypatch.setattr(
+        LookupTable,
+        "open",
+        classmethod(lambda cls, path, storage, **rest: opened.append(storage) or real(cls, path, storage)),
+    )
+    rows = [{"text": f"def f{number}(): return {number}"} for number in range(3)]
+    data = tmp_path / "data" / "wikipedia_bits_per_byte"
+    data.mkdir(parents=True)
+    (data / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    scores = []
+    for storage in ("direct", "mmap"):
+        output = tmp_path / storage
+        arguments = [
+            "--tasks",
+            "wikipedia_bits_per_byte",
+            "--data-dir",
+            str(tmp_path / "data"),
+            "--output",
+            str(output),
+        ]
+        assert main(["evaluate", "--model", str(run / "lookup"), "--storage", storage, *arguments]) == 0
+        scores.append(json.loads((output / "results.json").read_text())["results"])
+    assert opened == ["direct", "mmap"]
+    assert scores[0] == scores[1]
+    assert main(["evaluate", "--model", str(run / "plain"), "--storage", "mmap", *arguments]) == 2
 
 
 def test_sampling_depends_on_the_seed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,11 +165,27 @@ def test_exported_weights_are_the_checkpoints(run: Path) -> None:
             ["export", "--form", "lookup", "--memory-limit", "1KB", "--model", "{run}/plain", "--output", "{run}/x"],
             "memory limit of 1000 bytes is below",
         ),
+        (["export", "--quantisation", "nf4", "--model", "{run}/plain", "--output", "{run}/x"], "is for --form lookup"),
+        (
+            [
+                "export",
+                "--form=lookup",
+                "--quantisation=nf4",
+                "--dtype=float16",
+                "--model={run}/plain",
+                "--output={run}/x",
+            ],
+            "both name the table's type; drop one",
+        ),
+        (
+            ["export", "--form=lookup", "--score-text={run}/none", "--model={run}/plain", "--output={run}/x"],
+            "no such file",
+        ),
         (["generate", "--model", "{run}/nothing", "--prompt", "a"], "does not exist"),
         (["generate", "--model", "{run}", "--prompt", "a"], "it has no config.json"),
         (["generate", "--model", "asset:smollm", "--prompt", "a"], "the nearest: smollm2-135m"),
         (["generate", "--model", "{run}/plain", "--prompt", "a", "--chat"], "has no chat template"),
-        (["generate", "--model", "{run}/plain", "--prompt", "a", "--table-storage", "mmap"], "is not a lookup form"),
+        (["generate", "--model", "{run}/plain", "--prompt", "a", "--storage", "mmap"], "is not a lookup form"),
         (["generate", "--model", "{run}/plain", "--prompt", "a", "--max-new-tokens", "5000"], "1024 positions"),
     ],
 )

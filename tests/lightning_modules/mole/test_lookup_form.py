@@ -15,13 +15,13 @@ from tenfold.lightning_modules.decoder import DecoderForCausalLM
 from tenfold.lightning_modules.language_model import num_parameters
 from tenfold.lightning_modules.mole import MoLELookupConfig, MoLELookupForCausalLM
 from tenfold.lightning_modules.mole.convert import export_lookup
-from tenfold.lightning_modules.mole.lookup import MAGIC, TABLE_FILE, VERSION, LookupTable
+from tenfold.lightning_modules.mole.table import MAGIC, TABLE_FILE, VERSION, LookupTable
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 Model = Callable[..., DecoderForCausalLM]
 Ids = Callable[..., Tensor]
-STORAGES = ("memory", "mmap")
+STORAGES = ("memory", "mmap", "direct")
 
 
 def load(folder: Path, **options: Any) -> MoLELookupForCausalLM:
@@ -177,10 +177,12 @@ def test_an_altered_row_is_noticed_before_it_is_used(folder: Path) -> None:
     lookup = load(folder)
     lookup(torch.tensor([[1, 22, 24]]))
     for _ in range(2):
-        with pytest.raises(ValueError, match="the row of token id 23 fails its checksum: altered; export the table"):
+        with pytest.raises(ValueError, match="the row of token id 23 fails its checksum in layer 0: altered; export"):
             lookup(torch.tensor([[1, 23]]))
     with pytest.raises(ValueError, match="token id 23"):
-        lookup.model.table.rows(torch.tensor([23]), 1)
+        lookup.model.table.rows(torch.tensor([23]))
+    # every layer has a checksum of its own: the other one is whole
+    lookup.model.table.rows(torch.tensor([23]), 1)
     with pytest.raises(ValueError, match="part 'rows', chunk 0 fails its checksum"):
         lookup.model.table.verify()
 

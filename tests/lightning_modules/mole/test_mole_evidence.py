@@ -8,8 +8,8 @@ import torch
 from tenfold.kernels.tensor_file import TensorFile
 from tenfold.lightning_modules import DecoderForCausalLM, decoder_config
 from tenfold.lightning_modules.mole.convert import compare_forms, count_bytes_per_token, export_lookup
-from tenfold.lightning_modules.mole.lookup import MAGIC, TABLE_FILE, VERSION
 from tenfold.lightning_modules.mole.modeling import MoLEFeedForward
+from tenfold.lightning_modules.mole.table import MAGIC, TABLE_FILE, VERSION
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -256,9 +256,10 @@ def test_rows_start_on_pages_and_chunks_do_not_matter(tmp_path: Path) -> None:
 def test_large_passes_read_layer_by_layer_with_the_same_result(
     tmp_path: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lookup = lookup_form(make(), tmp_path / "x", "float32")
+    lookup = lookup_form(make(), tmp_path / "x", "float32", table_storage="direct")
     whole = lookup(ids).logits
     before = lookup.model.table.bytes_read
-    monkeypatch.setattr("tenfold.lightning_modules.mole.lookup.WHOLE_ROWS_LIMIT_BYTES", 0)
+    monkeypatch.setattr("tenfold.lightning_modules.mole.table.STAGING_BYTES", 0)
     assert torch.equal(lookup(ids).logits, whole)
-    assert lookup.model.table.bytes_read - before == len(ids.unique()) * lookup.model.table.row_bytes
+    # a layer is no whole number of blocks here: those at its ends are read with it, and counted
+    assert lookup.model.table.bytes_read - before >= len(ids.unique()) * lookup.model.table.row_bytes

@@ -155,7 +155,7 @@ def test_table_from_before_further_training(folder: Path) -> None:
 def test_unknown_storage(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"table_storage": "tape"}))
-    with pytest.raises(ValueError, match="'tape' is neither 'memory' nor 'mmap'"):
+    with pytest.raises(ValueError, match="'tape' is not one of memory, pinned, mmap, direct"):
         load(folder)
 
 
