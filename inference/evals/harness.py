@@ -15,9 +15,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .digest import model_digest, samples_digest, tokenizer_digest
 from .distributed import Processes, join_processes
 from .loading import Dtype, load_model, load_tokenizer, pick_device
+from .long_context.catalogue import plan_long_context
+from .long_context.options import LongContextOptions
+from .long_context.run import add_tasks, tell_by_suite
 from .model_lm import NOT_FINITE, TransformersLM
 from .progress import Mode
 from .results import check_output_folder, write_results
@@ -26,6 +31,7 @@ from .task_selection import TaskSelection, select_tasks
 from .wandb_log import WandbOptions, check_wandb_installed, log_to_wandb
 
 if TYPE_CHECKING:
+    from lm_eval.api.model import LM
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _RECORDED_PACKAGES = ("tenfold", "lm_eval", "torch", "transformers", "tokenizers", "datasets")
@@ -35,7 +41,7 @@ _Folder = str | os.PathLike[str]
 
 
 def evaluate_model(
-    model: "_Folder | PreTrainedModel",
+    model: "_Folder | PreTrainedModel | LM",
     *,
     tasks: Sequence[str],
     tokenizer: "_Folder | PreTrainedTokenizerBase | None" = None,
@@ -59,6 +65,7 @@ def evaluate_model(
     wandb: WandbOptions | None = None,
     model_label: str | None = None,
     confirm_run_unsafe_code: bool = False,
+    long_context: LongContextOptions | None = None,
     progress: Mode = "auto",
 ) -> dict[str, Any] | None:
     """Score a model with lm-eval, and write what came out.
@@ -67,8 +74,9 @@ def evaluate_model(
     Started by torchrun, the processes share the documents; the first one prints, writes and returns.
 
     Args:
-        model: A model folder, a hub id, or a loaded model (which keeps its device and dtype). Types of our own must be
-            registered by the caller: importing `tenfold.lightning_modules` does it.
+        model: A model folder, a hub id, a loaded model (which keeps its device and dtype), or a model of lm-eval such
+            as `SpeCacheLM` (which keeps its own settings too). Types of our own must be registered by the caller:
+            importing `tenfold.lightning_modules` does it.
         tasks: Names of tasks, groups or tags, stock, shipped or from `include_path`; `mmlu_*` is a pattern.
         tokenizer: Where the tokenizer is, or the tokenizer; the one beside the model when None.
         num_fewshot: Examples in the prompt; each task's own number when None.
@@ -83,7 +91,7 @@ def evaluate_model(
         use_cache: Prefix of a file with answers. A digest of model, tokenizer, dtype and length is added to its name,
             so one prefix serves any number of models.
         data_dir: Folder, or folders, with local copies of data sets: `DATA_DIR/TASK/SPLIT.jsonl`. All tasks asked for
-            must be there, except those of `include_path`.
+            must be there, except those of `include_path`. LongBench's published files may lie there as they are.
         shipped_data_dir: Data of the tasks that ship with Tenfold, where `data_dir` has none; what
             `build_wikipedia_tasks` writes.
         include_path: Folder, or folders, with further task files.
@@ -94,6 +102,7 @@ def evaluate_model(
         wandb: Where to log to W&B.
         model_label: What the model is called in results and reports; its folder's name when None.
         confirm_run_unsafe_code: Whether tasks that run code written by the model may do so.
+        long_context: Settings of LongBench, needle and RULER-like tasks (see `long_context/README.md`).
         progress: How progress is shown.
 
     Returns:
@@ -115,9 +124,11 @@ def evaluate_model(
         if processes.is_main and wandb is not None:
             check_wandb_installed()
         label = model_label or _label_of(model)
+        plan = plan_long_context(tasks, options=long_context, data_dirs=_folders(data_dir))
         selection = stack.enter_context(
             select_tasks(
-                tasks,
+                plan.others,
+                allow_none=bool(plan.groups),
                 data_dirs=_folders(data_dir),
                 shipped_data_dir=None if shipped_data_dir is None else Path(shipped_data_dir),
                 include_paths=_folders(include_path),
@@ -137,8 +148,12 @@ def evaluate_model(
             processes=processes,
             progress=progress,
         )
-        if apply_chat_template and not lm.tokenizer.chat_template:
+        if apply_chat_template and not getattr(lm.tokenizer, "chat_template", None):
             raise ValueError("--apply-chat-template was asked for, but the tokenizer has no chat template")
+        selection = add_tasks(
+            selection, plan, lm, apply_chat_template=apply_chat_template, system_instruction=system_instruction
+        )
+        _check_sizes(selection, limit, processes)
         loaded = time.perf_counter()
         seeds = _seeds(seed)
         results = _run(
@@ -155,16 +170,17 @@ def evaluate_model(
             confirm_run_unsafe_code=confirm_run_unsafe_code,
             **seeds,
         )
-        num_truncated = processes.gather_object(lm.num_truncated)
+        num_truncated = processes.gather_object(getattr(lm, "num_truncated", 0))
         if results is None or num_truncated is None:
             return None
+        by_suite = tell_by_suite(results, selection.tasks)
         _restore_sources(results, selection)
         results |= {"model_source": "hf", "model_name": label, "model_name_sanitized": label.replace("/", "__")}
         results["tenfold"] = {
             "model": label,
             "model_digest": digest,
             "tokenizer_digest": tokenizer_digest(lm.tokenizer),
-            "dtype": str(lm.model.dtype).removeprefix("torch."),
+            "dtype": _dtype_of(lm),
             "device": str(lm.device),
             "world_size": processes.world_size,
             "max_length": lm.max_length,
@@ -173,6 +189,7 @@ def evaluate_model(
             "seconds": {"load": round(loaded - started, 3), "score": round(time.perf_counter() - loaded, 3)},
             "versions": _versions(),
             **_from_samples(results["samples"], selection),
+            **({"long_context": by_suite} if by_suite else {}),
         }
         if output_dir is not None:
             write_results(results, output_dir, log_samples=log_samples)
@@ -204,15 +221,20 @@ def _check_sizes(selection: TaskSelection, limit: float | None, processes: Proce
 
 
 def _make_lm(
-    model: "_Folder | PreTrainedModel",
+    model: "_Folder | PreTrainedModel | LM",
     tokenizer: "_Folder | PreTrainedTokenizerBase | None",
     *,
     device: str | None,
     dtype: Dtype,
     processes: Processes,
     **options: Any,
-) -> tuple[TransformersLM, str]:
+) -> tuple[Any, str]:
     """The model as lm-eval sees it, and its digest."""
+    from lm_eval.api.model import LM
+
+    if isinstance(model, LM):
+        network = getattr(model, "model", None)
+        return model, model_digest(network) if isinstance(network, torch.nn.Module) else type(model).__name__
     if isinstance(model, (str, os.PathLike)):
         source = model
         tokenizer = source if tokenizer is None else tokenizer
@@ -228,7 +250,7 @@ def _make_lm(
     return TransformersLM(network, tokenizer, processes=processes, **options), digest
 
 
-def _run(lm: TransformersLM, selection: TaskSelection, **options: Any) -> dict[str, Any] | None:
+def _run(lm: Any, selection: TaskSelection, **options: Any) -> dict[str, Any] | None:
     import lm_eval
 
     # lm-eval prints the batch size it finds; standard output belongs to the scores
@@ -266,9 +288,16 @@ def _seeds(seed: int | None) -> dict[str, int]:
     }
 
 
-def _cache_prefix(prefix: _Folder, lm: TransformersLM, digest: str) -> str:
+def _dtype_of(lm: Any) -> str:
+    return str(getattr(getattr(lm, "model", None), "dtype", "unknown")).removeprefix("torch.")
+
+
+def _cache_prefix(prefix: _Folder, lm: Any, digest: str) -> str:
     """The prefix with what answers depend on: lm-eval's own key is the request's text alone."""
-    parts = (digest, tokenizer_digest(lm.tokenizer), lm.model.dtype, lm.max_length, lm.device.type)
+    parts: tuple[Any, ...] = (digest, tokenizer_digest(lm.tokenizer), _dtype_of(lm), lm.max_length, str(lm.device))
+    if cache := getattr(lm, "cache_name", None):
+        # a cache that loses something gives other answers
+        parts += (cache, sorted(map(repr, lm.cache_options.items())))
     return f"{os.fspath(prefix)}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
@@ -305,9 +334,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _label_of(model: "_Folder | PreTrainedModel") -> str:
+def _label_of(model: "_Folder | PreTrainedModel | LM") -> str:
     if not isinstance(model, (str, os.PathLike)):
-        return Path(model.name_or_path or "").name or type(model).__name__
+        model = getattr(model, "model", model)
+        return Path(getattr(model, "name_or_path", None) or "").name or type(model).__name__
     return Path(model).resolve().name if Path(model).is_dir() else str(model)
 
 

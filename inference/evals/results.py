@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .long_context.report_sections import add_long_context
 from .report import Page
 from .scores import Score, score_figure, scores_of
 
@@ -85,6 +86,8 @@ def report_page(results: Mapping[str, Any]) -> Page:
     )
     if scores:
         page.plot(score_figure(scores), caption="Bars show scores, whiskers one standard error, red marks a guess.")
+    if by_suite := extra.get("long_context"):
+        add_long_context(page, by_suite)
     page.heading("Provenance")
     page.table(_provenance(results), {"key": "", "value": ""})
     return page

@@ -74,7 +74,9 @@ def shipped_task_names() -> list[str]:
 
 def all_task_names(include_paths: Sequence[Path] = ()) -> list[str]:
     """Names of all tasks, groups and tags: stock ones, shipped ones and those of the given folders."""
-    return sorted(_make_manager(include_paths, stock=True).task_index)
+    from .long_context.catalogue import long_context_task_names
+
+    return sorted({*_make_manager(include_paths, stock=True).task_index, *long_context_task_names()})
 
 
 @contextmanager
@@ -86,6 +88,7 @@ def select_tasks(
     include_paths: Sequence[Path] = (),
     num_fewshot: int | None = None,
     metadata: dict[str, Any] | None = None,
+    allow_none: bool = False,
 ) -> Iterator[TaskSelection]:
     """Find tasks by name and load their data.
 
@@ -100,6 +103,7 @@ def select_tasks(
         include_paths: Folders with further task files.
         num_fewshot: Examples in the prompt; the task's own number when None.
         metadata: Passed to tasks that make their data themselves.
+        allow_none: Whether no name at all is right, because tasks of other origin follow.
 
     Yields:
         The tasks, while a temporary folder holds what `datasets` made of local files.
@@ -113,6 +117,9 @@ def select_tasks(
             if not folder.is_dir():
                 raise FileNotFoundError(f"{kind} folder {folder} does not exist")
     manager = _make_manager(include_paths, stock=False, metadata=metadata)
+    if allow_none and not names:
+        yield TaskSelection(manager=manager, objects=[], tasks={})
+        return
     if not _is_closed(names, manager):
         manager = _make_manager(include_paths, stock=True, metadata=metadata)
     names = _expand(names, manager)

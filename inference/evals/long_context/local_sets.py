@@ -37,10 +37,8 @@ class WikipediaRows:
         self._passages = sorted(
             (title, text) for title, text in unique if title and len(text.split()) >= 2 * _FEWEST_WORDS
         )
-        self._questions = {
-            kind: [(place, found) for place, passage in enumerate(self._passages) if (found := ask(*passage))]
-            for kind, ask in (("title", _title_questions), ("year", _year_questions), ("extract", _extracts))
-        }
+        if not self._passages:
+            raise ValueError("no document is long enough to be a passage: give articles of several sentences")
 
     @property
     def largest(self) -> int:
@@ -79,8 +77,11 @@ class WikipediaRows:
         return _row(input="", context=self._numbered(chosen), answers=[str(num_different)])
 
     def _question(self, draw: Random, kind: str) -> tuple[int, tuple[str, str]]:
-        place, found = draw.choice(self._questions[kind])
-        return place, draw.choice(found)
+        ask = {"title": _title_questions, "year": _year_questions, "extract": _extracts}[kind]
+        for place in draw.sample(range(len(self._passages)), len(self._passages)):
+            if found := ask(*self._passages[place]):
+                return place, draw.choice(found)
+        raise ValueError(f"no document gives a question of kind {kind!r}: give more articles")
 
     def _others(self, draw: Random, pieces: int, place: int, *, avoid: str) -> list[int]:
         """Other passages, none of which has what is asked for; the first ones of a fixed order."""
