@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "assets": ["cache_dir", "find_asset", "get_asset", "resolve"],
         "documents": ["split_of"],
+        "retrieval": ["KeyValueRecallDataModule", "recall_prompts"],
         "text": ["TextDataModule"],
     },
 )

@@ -6,7 +6,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "accounting": ["CacheShape"],
+        "budget": ["equal_bytes_options"],
         "cache": ["SpeCache"],
+        "decoding_cache": ["DecodingCache"],
+        "eviction": ["HeavyHitterCache", "WindowCache"],
         "generation": ["decode_logits", "generate_with_specache", "specache_generate"],
         "lm": ["SpeCacheLM"],
         "options": ["SpeCacheOptions"],

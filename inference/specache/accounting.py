@@ -69,6 +69,10 @@ class CacheShape:
         per_head += (2 * self.head_dim * self.itemsize + 4) * min(options.num_fetched, capacity_tokens)
         return batch * self.num_layers * self.num_heads * per_head
 
+    def held_bytes(self, batch: int, num_tokens: int, *, scored: bool) -> int:
+        """Bytes of `num_tokens` tokens in full precision, each with a 4-byte score per head if `scored`."""
+        return self.full_bytes(batch, num_tokens) + batch * num_tokens * self.num_layers * self.num_heads * 4 * scored
+
     def fetched_bytes_per_step(self, options: SpeCacheOptions, batch: int, capacity_tokens: int) -> int:
         """Bytes of rows that one decoding step copies from host to device."""
         rows = min(options.num_fetched, capacity_tokens)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from ...kernels.low_bit_kv import packed_scores, packed_weighted_sum, unpack
 from ...kernels.low_bit_kv.reference import accumulation_dtype
@@ -22,23 +23,26 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from .cache import SpeCache
+    from .decoding_cache import DecodingCache
 
 IMPLEMENTATION = "specache"
-_ACTIVE: ContextVar["SpeCache | None"] = ContextVar("active_specache", default=None)
+# the library's attention, with a look at the prompt's queries and keys
+OBSERVED = "specache_observed"
+_ACTIVE: ContextVar["DecodingCache | None"] = ContextVar("active_specache", default=None)
 # what models hand to an attention function that changes the result, and that is not in the method
 _UNSUPPORTED = ("s_aux", "position_bias", "sliding_window")
 
 
 @contextmanager
-def specache_attention(model: "PreTrainedModel") -> "Iterator[None]":
+def specache_attention(model: "PreTrainedModel", implementation: str = IMPLEMENTATION) -> "Iterator[None]":
     """Have a model attend through the cache of the pass it is in; its own implementation is put back at the end.
 
     Args:
         model: A decoder that calls the registered attention interface.
+        implementation: `IMPLEMENTATION`, or `OBSERVED` for a prefill.
     """
     previous = model.config._attn_implementation
-    model.set_attn_implementation(IMPLEMENTATION)
+    model.set_attn_implementation(implementation)
     try:
         yield
     finally:
@@ -46,7 +50,7 @@ def specache_attention(model: "PreTrainedModel") -> "Iterator[None]":
 
 
 @contextmanager
-def attending(cache: "SpeCache") -> "Iterator[None]":
+def attending(cache: "DecodingCache") -> "Iterator[None]":
     """Name the cache of this thread's forward pass, which models do not hand to their attention."""
     token = _ACTIVE.set(cache)
     try:
@@ -75,8 +79,31 @@ def _registered_attention(
         )
     for name in _UNSUPPORTED:
         if options.get(name) is not None:
-            raise ValueError(f"layer {cache.current_layer} uses {name} in its attention, which SpeCache does not have")
+            raise ValueError(
+                f"layer {cache.current_layer} uses {name} in its attention, which {type(cache).__name__} does not have"
+            )
     return cache.attend(module, query, scaling=scaling, softcap=softcap), None
+
+
+def _observed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """As the library's "sdpa"; the cache of the pass sees queries (B, H, Q, D) and keys (B, N, T, D)."""
+    cache = _ACTIVE.get()
+    if cache is None:
+        raise ValueError(f"attention implementation {OBSERVED!r} works only inside specache_generate")
+    if softcap is not None:
+        raise ValueError(f"{type(cache).__name__} cannot observe a model that caps its attention scores")
+    cache.observe(query, key, scaling=scaling)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
 
 
 def _registered_mask(*_: Any, **__: Any) -> None:
@@ -85,6 +112,8 @@ def _registered_mask(*_: Any, **__: Any) -> None:
 
 AttentionInterface.register(IMPLEMENTATION, _registered_attention)
 AttentionMaskInterface.register(IMPLEMENTATION, _registered_mask)
+AttentionInterface.register(OBSERVED, _observed_attention)
+AttentionMaskInterface.register(OBSERVED, sdpa_mask)
 
 
 class LayerAttention:

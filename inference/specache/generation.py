@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from .cache import SpeCache
+from .decoding_cache import DecodingCache
 from .session import SpeCacheSession
 
 if TYPE_CHECKING:
@@ -76,30 +78,31 @@ def specache_generate(
         stopping_criteria: Prepared by `generate`.
         generation_config: Prepared by `generate`.
         streamer: Receives output tokens; `generate` does not hand its own on, `generate_with_specache` does.
-        **model_kwargs: Further model inputs, among them the `SpeCache` as `past_key_values`.
+        **model_kwargs: Further model inputs, among them the cache as `past_key_values`: a `SpeCache` or
+            another `DecodingCache`.
 
     Returns:
         (B, T + new) ids, or with `return_dict_in_generate` also scores, logits and the cache.
 
     Raises:
-        ValueError: `past_key_values` is no SpeCache, the generation mode is neither greedy search nor sampling, or
+        ValueError: `past_key_values` is no such cache, the generation mode is neither greedy search nor sampling, or
             attentions or hidden states are asked for.
     """
     cache = model_kwargs.pop("past_key_values", None)
-    if not isinstance(cache, SpeCache):
+    if not isinstance(cache, DecodingCache):
         raise ValueError(f"specache_generate needs past_key_values=SpeCache(model.config), got {type(cache).__name__}")
-    _check_generation(generation_config)
+    _check_generation(generation_config, type(cache).__name__)
     for name in ("use_cache", "output_attentions", "output_hidden_states"):
         model_kwargs.pop(name, None)
     sampling, as_dict = generation_config.do_sample, generation_config.return_dict_in_generate
-    guesses = torch.Generator(input_ids.device).manual_seed(cache.options.speculation_seed)
+    guesses = torch.Generator(input_ids.device).manual_seed(cache.speculation_seed)
 
     def draw_scores(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         scores = logits.to(copy=True, dtype=torch.float32, device=ids.device)
         return logits_processor(ids, scores)  # type: ignore[arg-type]
 
     def pick(scores: torch.Tensor, speculative: bool) -> torch.Tensor:
-        if not sampling or (speculative and cache.options.speculation == "greedy"):
+        if not sampling or (speculative and cache.greedy_guesses):
             return scores.argmax(-1)
         generator = guesses if speculative else None
         return torch.multinomial(scores.softmax(-1), 1, generator=generator).squeeze(1)
@@ -150,15 +153,15 @@ def specache_generate(
     )
 
 
-def _check_generation(config: GenerationConfig) -> None:
+def _check_generation(config: GenerationConfig, name: str) -> None:
     if (config.num_beams or 1) > 1:
-        raise ValueError(f"num_beams is {config.num_beams}: SpeCache does not support beam search, use num_beams=1")
+        raise ValueError(f"num_beams is {config.num_beams}: {name} does not support beam search, use num_beams=1")
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(f"generation mode {mode.value} is not supported with SpeCache: use greedy search or sampling")
-    for name in ("output_attentions", "output_hidden_states"):
-        if getattr(config, name):
-            raise ValueError(f"{name} is not supported with SpeCache: attention weights are never whole in memory")
+        raise ValueError(f"generation mode {mode.value} is not supported with {name}: use greedy search or sampling")
+    for output in ("output_attentions", "output_hidden_states"):
+        if getattr(config, output):
+            raise ValueError(f"{output} is not supported with {name}: attention weights are never whole in memory")
 
 
 @torch.no_grad()
@@ -167,7 +170,7 @@ def decode_logits(
     input_ids: torch.Tensor,
     continuation: torch.Tensor,
     *,
-    cache: SpeCache,
+    cache: Cache,
     attention_mask: torch.Tensor | None = None,
     guesses: "Iterable[torch.Tensor] | None" = None,
 ) -> torch.Tensor:
@@ -180,7 +183,7 @@ def decode_logits(
         model: A decoder.
         input_ids: (B, T) prompt, padded on the left.
         continuation: (B, C) tokens to score, C at least 1.
-        cache: The cache, empty.
+        cache: The cache, empty: one of ours, or any of transformers'.
         attention_mask: (B, T).
         guesses: (B,) speculative tokens to use in place of the model's own, first come first used.
 
@@ -196,6 +199,8 @@ def decode_logits(
         )
     if cache.get_seq_length():
         raise ValueError(f"the cache holds {cache.get_seq_length()} tokens already: use a new one")
+    if not isinstance(cache, DecodingCache):
+        return _plain_logits(model, input_ids, continuation, cache, attention_mask)
     session = SpeCacheSession(model, cache)
     given = iter(guesses) if guesses is not None else iter(())
     total = input_ids.shape[1] + continuation.shape[1]
@@ -216,4 +221,31 @@ def decode_logits(
             ids = torch.cat([ids, continuation[:, column : column + 1]], dim=1)
             logits.append(session.step(ids, draw))
             session.observe(continuation[:, column + 1])
+    return torch.stack(logits, dim=1)
+
+
+def _plain_logits(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    continuation: torch.Tensor,
+    cache: Cache,
+    attention_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """As `decode_logits`, with a cache that the model's own attention reads."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    mask = torch.cat([mask, torch.ones_like(continuation)], dim=1)
+    positions = (mask.long().cumsum(1) - 1).clamp_min(0)
+    logits, start, given = [], 0, input_ids
+    for column in range(continuation.shape[1]):
+        end = start + given.shape[1]
+        output = model(
+            given,
+            attention_mask=mask[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits.append(output.logits[:, -1])
+        start, given = end, continuation[:, column : column + 1]
     return torch.stack(logits, dim=1)

@@ -96,11 +96,9 @@ class SpeCacheLM(TransformersLM):
             self.num_truncated += 1
         prompt = torch.tensor([context[-room:]], device=self.device)
         targets = torch.tensor([continuation], device=self.device)
-        cache, arguments = build_cache(self.cache_name, self.model.config, **self.cache_options)
-        if "custom_generate" not in arguments:
-            raise ValueError(f"likelihood='decode' works with specache, exact-fetch and kivi, not {self.cache_name!r}")
+        cache, _ = build_cache(self.cache_name, self.model.config, **self.cache_options)
         try:
-            logits = decode_logits(self.model, prompt, targets, cache=cache)  # type: ignore[arg-type]
+            logits = decode_logits(self.model, prompt, targets, cache=cache)
         finally:
             self._account(cache)
         if not torch.isfinite(logits.amax()):

@@ -12,11 +12,14 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 
 from .cache import SpeCache
+from .decoding_cache import DecodingCache
+from .eviction import HeavyHitterCache, WindowCache
 from .generation import specache_generate
 from .options import SpeCacheOptions
 
 # the paper shortens SpeCache's residual until its device bytes equal KIVI's: 64 + 64 against 128
 KIVI_RESIDUAL = 128
+DEFAULT_BUDGET = 512
 
 HELP = {
     "bits": "bits of the device copy",
@@ -36,6 +39,9 @@ HELP = {
     "nbits": "bits of the packed part",
     "q_group_size": "values that share a scale",
     "quantizer": "quantisation library",
+    "budget": "tokens held per sequence, layer and key/value head",
+    "num_sinks": "first tokens that are never dropped",
+    "num_recent": "last tokens that are held whatever their attention; by default half the budget",
 }
 
 
@@ -135,8 +141,24 @@ CACHES: dict[str, CacheChoice] = {
     ),
     "specache": CacheChoice(
         "a low-bit copy, and the rows that the next token will need fetched from the host ahead of time",
-        _without(_specache_options(), "mode"),
+        _specache_options(),
         SpeCache,
+    ),
+    "window": CacheChoice(
+        "the first tokens and the most recent ones, as StreamingLLM",
+        (
+            CacheOption("budget", int, DEFAULT_BUDGET, (), HELP["budget"]),
+            CacheOption("num_sinks", int, 4, (), HELP["num_sinks"]),
+        ),
+        WindowCache,
+    ),
+    "h2o": CacheChoice(
+        "the most recent tokens and those with the most attention so far, as H2O",
+        (
+            CacheOption("budget", int, DEFAULT_BUDGET, (), HELP["budget"]),
+            CacheOption("num_recent", int, None, (), HELP["num_recent"]),
+        ),
+        HeavyHitterCache,
     ),
 }
 
@@ -174,7 +196,7 @@ def build_cache(name: str, model_config: PreTrainedConfig, **options: Any) -> tu
     _check_requirements(name, values)
     cache = choice.build(model_config, **values)
     arguments: dict[str, Any] = {"past_key_values": cache}
-    if isinstance(cache, SpeCache):
+    if isinstance(cache, DecodingCache):
         arguments["custom_generate"] = specache_generate
     return cache, arguments
 

@@ -1,14 +1,14 @@
 """The passes of one generation: prefill, pre-decode, and steps of two tokens."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from .attention import specache_attention
-from .cache import SpeCache
+from .attention import OBSERVED, specache_attention
+from .decoding_cache import DecodingCache
 
 # what draws a token: (ids so far (B, T), logits (B, V), whether it is speculative) to (B,) tokens
 Draw = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
@@ -29,8 +29,8 @@ def left_padding(attention_mask: torch.Tensor | None, batch: int, num_columns: i
         return (0,) * batch
     if attention_mask.dim() != 2 or attention_mask.shape != (batch, num_columns):
         raise ValueError(
-            f"attention_mask is {tuple(attention_mask.shape)}; SpeCache needs ({batch}, {num_columns}): one column for "
-            "every token of the prompt and of the cache"
+            f"attention_mask is {tuple(attention_mask.shape)}; this cache needs ({batch}, {num_columns}): one column "
+            "for every token of the prompt and of the cache"
         )
     mask = attention_mask.bool().cpu()
     counts = mask.sum(1)
@@ -40,7 +40,7 @@ def left_padding(attention_mask: torch.Tensor | None, batch: int, num_columns: i
             raise ValueError(f"sequence {sequence} of the batch is padding only: remove it")
         if not mask[sequence, pad:].all():
             raise ValueError(
-                f"sequence {sequence} of the batch is padded on the right or inside: SpeCache needs padding on the "
+                f"sequence {sequence} of the batch is padded on the right or inside: this cache needs padding on the "
                 "left (tokenizer.padding_side = 'left')"
             )
     return tuple(padding.tolist())
@@ -63,7 +63,7 @@ class SpeCacheSession:
         ValueError: The cache does not fit the model.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: SpeCache) -> None:
+    def __init__(self, model: PreTrainedModel, cache: DecodingCache) -> None:
         cache.check_model(model)
         # its generation methods come from a mixin that its type does not name
         self.model: Any = model
@@ -116,7 +116,13 @@ class SpeCacheSession:
         cache.reserve(given.shape[0], max(capacity, num_columns), dtype=model.dtype, device=given.device)
         if embeds is not None and chunk_size is not None:
             raise ValueError("prefill_chunk_size does not go with inputs_embeds: leave one out")
+        if not cache.takes_parts and (past or (chunk_size or num_new) < num_new):
+            raise ValueError(
+                f"{type(cache).__name__} has dropped earlier tokens, so that a prompt must come whole: leave out "
+                "prefill_chunk_size, and start every turn with a new cache"
+            )
         chunk_size = chunk_size or num_new
+        observing = specache_attention(model, OBSERVED) if cache.observes_prefill else nullcontext()
         for start in range(0, num_new, chunk_size):
             num_tokens = min(chunk_size, num_new - start)
             end = num_columns - num_new + start + num_tokens
@@ -129,7 +135,7 @@ class SpeCacheSession:
             inputs = model.prepare_inputs_for_generation(
                 ids, next_sequence_length=num_tokens, is_first_iteration=True, **part
             )
-            with cache.forward_pass("prefill", num_tokens, device=given.device, padding=padding):
+            with observing, cache.forward_pass("prefill", num_tokens, device=given.device, padding=padding):
                 outputs = model(**inputs, return_dict=True)
         model_kwargs.pop("inputs_embeds", None)
         self.model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
@@ -152,7 +158,7 @@ class SpeCacheSession:
             input_ids: (B, T) all ids so far; the last column is new.
             draw: Draws a token from logits.
         """
-        if self.cache.options.mode != "speculative":
+        if not self.cache.speculative:
             return self._forward(input_ids, "step")[:, -1]
         if self.speculative is None:
             guess = draw(input_ids, self._forward(input_ids, "pre_decode")[:, -1], True)
@@ -171,7 +177,7 @@ class SpeCacheSession:
 
     def _forward(self, input_ids: torch.Tensor, phase: str) -> torch.Tensor:
         cache, model = self.cache, self.model
-        num_queries = 2 if phase == "step" and cache.options.mode == "speculative" else 1
+        num_queries = 2 if phase == "step" and cache.speculative else 1
         kwargs = dict(self.model_kwargs)
         if num_queries == 2:
             # the guess's own column
