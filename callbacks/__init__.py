@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "checkpoint_io": ["AtomicCheckpointIO"],
         "excp.checkpoint_io": ["ExCPCheckpointIO"],
         "excp.metrics": ["ExCPMetrics"],
+        "excp.strategies": ["ExCPFSDPStrategy", "ExCPModelParallelStrategy"],
         "generation_preview": ["GenerationPreview"],
         "graceful_interrupt": ["GracefulInterrupt"],
         "plain_progress": ["PlainProgress"],

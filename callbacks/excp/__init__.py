@@ -10,6 +10,8 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "metrics": ["ExCPMetrics"],
         "options": ["ExCPOptions"],
         "report": ["ParameterReport", "SaveReport"],
+        "sharded": ["ExCPStorageReader", "ExCPStorageWriter"],
+        "strategies": ["ExCPFSDPStrategy", "ExCPModelParallelStrategy"],
         "restore": ["Restored", "expanded", "load_checkpoint", "restore"],
     },
 )

@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from .adam import AdamRule
-from .first_moment import encode_first_moment, update_scale
+from .first_moment import encode_first_moment
 from .histogram import Float32
 from .options import ExCPOptions
 from .second_moment import SecondMomentForms, exact_tensor
@@ -81,18 +81,17 @@ class AdamStateEncoder:
         target = self.options.update_target
         return target is None or largest <= target * self.exact_max
 
-    def _second(self, momentum: Float32, notes: list[str]) -> tuple[CodedTensor, float]:
-        """The first form of the second moment that keeps updates within the bound, and the largest update."""
+    def _second(self, momentum: Float32, notes: list[str]) -> CodedTensor:
+        """The first form of the second moment that keeps updates within the bound."""
         forms = self._forms(momentum)
         for coded in forms:
-            largest = forms.largest_update(coded)
-            if self._within(largest):
+            # rank 1 has its exceptions so that it is within the bound
+            if coded.kind == "rank1" or self._within(forms.largest_update(coded)):
                 if coded.kind != self.options.second_moment:
                     notes.append(f"second moment {coded.kind} instead of {self.options.second_moment}")
-                return coded, largest
+                return coded
         notes.append("second moment exact: update target out of reach")
-        exact = self._exact(self.exp_avg_sq)
-        return exact, forms.largest_update(exact)
+        return self._exact(self.exp_avg_sq)
 
     def _largest_update(self, momentum: Float32, variance: Float32) -> float:
         """The largest update of a state most of whose first moment is zero, without going through all of it."""
@@ -105,27 +104,32 @@ class AdamStateEncoder:
     def _first_first(self) -> CodedAdamState:
         notes: list[str] = []
         first = encode_first_moment(
-            self.exp_avg, weight=self.weight, scale=None, options=self.options, bits=self.options.momentum_bits
+            self.exp_avg, weight=self.weight, variance=None, options=self.options, bits=self.options.momentum_bits
         )
         if isinstance(first, str):
             notes.append(f"first moment exact: {first}")
             first = self._exact(self.exp_avg)
-        second, largest = self._second(as_float32(first.decoded), notes)
+        momentum = as_float32(first.decoded)
+        second = self._second(momentum, notes)
+        largest = self._forms(momentum).largest_update(second)
         masked = self.weight is not None and first.kind != "exact"
         return CodedAdamState(first, second, masked=masked, update_max=largest, notes=notes)
 
     def _second_first(self) -> CodedAdamState:
         notes: list[str] = []
-        second, before = self._second(self.momentum, notes)
-        scale = update_scale(second.decoded)
+        second = self._second(self.momentum, notes)
+        variance = as_float32(second.decoded)
         for bits in range(self.options.momentum_bits, 9):
-            first = encode_first_moment(self.exp_avg, weight=self.weight, scale=scale, options=self.options, bits=bits)
+            first = encode_first_moment(
+                self.exp_avg, weight=self.weight, variance=variance, options=self.options, bits=bits
+            )
             if isinstance(first, str):
                 break
-            largest = self._largest_update(as_float32(first.decoded), as_float32(second.decoded))
+            largest = self._largest_update(as_float32(first.decoded), variance)
             if self._within(largest):
                 masked = self.weight is not None
                 return CodedAdamState(first, second, scaled=True, masked=masked, update_max=largest, notes=notes)
         notes.append("first moment exact: update target out of reach")
         exact = self._exact(self.exp_avg)
-        return CodedAdamState(exact, second, update_max=before, notes=notes)
+        largest = self._forms(self.momentum).largest_update(second)
+        return CodedAdamState(exact, second, update_max=largest, notes=notes)

@@ -5,20 +5,19 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from ..checkpoint_io import AtomicCheckpointIO
-from .alias import encode_alias
-from .codec import EncodedSave, Reference, encode
-from .container import Identity, is_save
+from .chain import ChainWriter
+from .container import is_save
 from .entropy import require_backend
 from .options import ExCPOptions
 from .report import SaveReport
@@ -62,27 +61,6 @@ class SaveEvent:
         return times if self.alias else times | self.report.metrics()
 
 
-@dataclass
-class _Tail:
-    """The end of the running chain.
-
-    Attributes:
-        store: where the chain is.
-        identity: its last save.
-        reference: what that led to.
-        encoded: it, without payload; None where it was read from a file.
-        weights: as they were before they were coded, for measuring steps.
-        state: what was staged for it, to be recognised by identity.
-    """
-
-    store: SaveStore
-    identity: Identity
-    reference: Reference
-    encoded: EncodedSave | None
-    weights: dict[str, Tensor] | None
-    state: object = None
-
-
 class ExCPCheckpointIO(CheckpointIO):
     """Checkpoints tens of times smaller (ExCP, arXiv 2406.11257), written beside training.
 
@@ -124,16 +102,15 @@ class ExCPCheckpointIO(CheckpointIO):
             raise ValueError(f"ExCP: key_frame_every={key_frame_every} is out of range; use 1 or more")
         if workers < 1:
             raise ValueError(f"ExCP: workers={workers} is out of range; use 1 or more")
-        self.options = options
-        require_backend(self.options.backend)
-        self.key_frame_every, self.asynchronous, self.workers = key_frame_every, asynchronous, workers
-        self.exact_steps = exact_steps
+        require_backend(options.backend)
+        self.options, self.key_frame_every = options, key_frame_every
+        self.asynchronous, self.workers = asynchronous, workers
         self._plain = AtomicCheckpointIO()
         self._stage = HostStage(keep_weights=exact_steps)
         self._pool: ThreadPoolExecutor | None = None
         self._pending: list[Future[None]] = []
         self._error: BaseException | None = None
-        self._tail: _Tail | None = None
+        self._chain = ChainWriter(options, key_frame_every=key_frame_every, workers=workers, exact_steps=exact_steps)
         self._stores: dict[Path, SaveStore] = {}
         self._events: deque[SaveEvent] = deque(maxlen=1000)
 
@@ -181,8 +158,7 @@ class ExCPCheckpointIO(CheckpointIO):
         if "://" in str(path) or not is_save(path):
             return self._plain.load_checkpoint(path, map_location, weights_only)
         restored = restore(path, weights_only=weights_only is not False, workers=self.workers)
-        # training goes on from the stored weights: they are the last step's, not an approximation of it
-        self._tail = _Tail(restored.store, restored.identity, restored.reference, None, restored.reference.weights)
+        self._chain.go_on_from(restored)
         if map_location is None or str(map_location) == "cpu":
             return restored.checkpoint
         if not isinstance(map_location, (str, torch.device)):
@@ -248,17 +224,8 @@ class ExCPCheckpointIO(CheckpointIO):
 
     def _save(self, staged: Staged, path: Path, *, repeats: bool, blocked_s: float) -> None:
         start = time.perf_counter()
-        try:
-            identity, report = self._encode_and_write(staged, path, repeats=repeats)
-        except Exception as error:
-            if self._tail is not None:
-                # the buffers of the state before are used again
-                self._tail.weights = None
-            mend = "free space or name another folder; " if isinstance(error, OSError) else ""
-            message = f"ExCP: {path} was not saved: {error}; {mend}checkpoints saved before it are whole"
-            raise (OSError if isinstance(error, OSError) else ValueError if isinstance(error, ValueError)
-                   else RuntimeError)(message) from error  # fmt: skip
         store = self._store(path)
+        identity, report = self._chain.save(staged, path, store, repeats=repeats)
         event = SaveEvent(
             path=path,
             step=staged.step,
@@ -271,55 +238,6 @@ class ExCPCheckpointIO(CheckpointIO):
         )
         self._events.append(event)
 
-    def _encode_and_write(self, staged: Staged, path: Path, *, repeats: bool) -> tuple[Identity, SaveReport]:
-        store = self._store(path)
-        tail = self._continued(store)
-        # the save of the same state may have failed
-        if repeats and tail is not None and tail.encoded is not None and tail.state is staged.tensors:
-            encoded = encode_alias(staged.checkpoint, tail.encoded)
-            identity = store.write(encoded, tail.identity)
-        else:
-            encoded = self._encode(staged, tail)
-            identity = store.write(encoded, None if encoded.key_frame or tail is None else tail.identity)
-            assert encoded.reference is not None
-            weights = staged.weights() if self.exact_steps else None
-            shell = replace(encoded, payload=b"", rest=None, reference=None)
-            self._tail = _Tail(store, identity, encoded.reference, shell, weights, staged.tensors)
-            store.own(identity.chain_id)
-        before = store.show(identity, path)
-        touched = {identity.chain_id, *([before] if before else []), *([tail.identity.chain_id] if tail else [])}
-        assert self._tail is not None
-        store.collect(touched, keep=self._tail.identity)
-        return identity, encoded.report
-
-    def _continued(self, store: SaveStore) -> _Tail | None:
-        """The chain to go on with in a folder; None where a new one must begin."""
-        tail = self._tail
-        if tail is None or not tail.store.holds(tail.identity):
-            if tail is not None:
-                rank_zero_warn(f"ExCP: saves are gone from {tail.store.folder}; a new chain begins with a key frame")
-            return None
-        if tail.store is not store:
-            store.adopt(tail.store, tail.identity)
-            tail.store = store
-        if not store.own(tail.identity.chain_id):
-            rank_zero_info(f"ExCP: another process goes on with the chain in {store.folder}; this one begins its own")
-            return None
-        return tail
-
-    def _encode(self, staged: Staged, tail: _Tail | None) -> EncodedSave:
-        def code(reference: Reference | None, weights: dict[str, Tensor] | None) -> EncodedSave:
-            return encode(staged.checkpoint, reference, self.options, previous_weights=weights, workers=self.workers)
-
-        if tail is None or tail.identity.position + 1 >= self.key_frame_every:
-            return code(None, None)
-        try:
-            encoded = code(tail.reference, tail.weights)
-        except ValueError as error:
-            rank_zero_warn(f"{error}; a new chain begins")
-            return code(None, None)
-        return code(None, None) if encoded.report.key_frame_advised else encoded
-
     def _remove(self, path: str | Path) -> None:
         local = Path(path)
         if "://" in str(path) or not is_save(local):
@@ -330,7 +248,7 @@ class ExCPCheckpointIO(CheckpointIO):
         chain = store.chain_of(local)
         local.unlink()
         if chain is not None:
-            store.collect([chain], keep=self._tail.identity if self._tail else None)
+            store.collect([chain], keep=self._chain.last)
 
     def _store(self, path: Path) -> SaveStore:
         folder = Path(os.path.abspath(path)).parent

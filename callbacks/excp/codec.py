@@ -23,12 +23,13 @@ from .adam_state import AdamStateEncoder, CodedAdamState
 from .entropy import require_backend
 from .exact import DTYPE_NAMES, DTYPES, decode_exact, tensor_bytes
 from .first_moment import decode_first_moment
+from .lookup import squared_norm
 from .options import ExCPOptions
 from .payload import PayloadWriter, read_part
 from .report import ParameterReport, SaveReport, StepSource
 from .second_moment import decode_second_moment, exact_tensor
 from .tree import LOSSY_DTYPES, Parameter, Path, find_parameters, replace, state_dict_path, tensors_of
-from .weights import CodedTensor, as_float32, decode_weight, encode_weight, squared_norm
+from .weights import CodedTensor, as_float32, decode_weight, encode_weight
 
 _COMPARED_BYTES = 1 << 20
 T = TypeVar("T")

@@ -9,21 +9,17 @@ from torch import Tensor
 
 from .histogram import Float32, Histogram
 from .indices import Indices, decode_indices, encode_indices
+from .lookup import look_up, squared_norm
 from .options import ExCPOptions
 from .pruning import momentum_threshold
 from .quantiser import choose_quantiser
-from .weights import CodedTensor, as_float32, side_bits, squared_norm
+from .weights import CodedTensor, as_float32, side_bits
 
 T = TypeVar("T", bound=np.generic)
 
 
-def update_scale(second_moment: Tensor) -> Float32:
-    """What the first moment is divided by before it is quantised: sqrt of the stored second moment, shape (n,)."""
-    return np.sqrt(np.maximum(as_float32(second_moment), 0))
-
-
 def encode_first_moment(
-    exp_avg: Tensor, *, weight: CodedTensor | None, scale: Float32 | None, options: ExCPOptions, bits: int
+    exp_avg: Tensor, *, weight: CodedTensor | None, variance: Float32 | None, options: ExCPOptions, bits: int
 ) -> CodedTensor | str:
     """Codes exp_avg: zero wherever the weight's residual is zero or the moment is below its threshold.
 
@@ -32,9 +28,10 @@ def encode_first_moment(
     Args:
         exp_avg: float32, bfloat16 or float16, any shape.
         weight: the coded residual; None in a key frame, where nothing but the threshold prunes.
-        scale: `update_scale`. deviation: the paper prunes and clusters the moment itself. Divided by the scale it is
-            the update that it causes; clustered without, entries of rows with small gradients can be stored ten times
-            too large and give the first step after a resume a spike. None does as the paper.
+        variance: the stored second moment, shape (n,). deviation: the paper prunes and clusters the moment itself.
+            Divided by the variance's square root it is the update that it causes; clustered without, entries of rows
+            with small gradients can be stored ten times too large and give the first step after a resume a spike.
+            None does as the paper.
         options: settings.
         bits: the moment has at most 2**bits - 1 levels.
 
@@ -44,8 +41,8 @@ def encode_first_moment(
     exact = as_float32(exp_avg)
     places = _places(weight)
     kept: Any = _take(exact, places)
-    if scale is not None:
-        divisor = _take(scale, places)
+    if variance is not None:
+        divisor = _root(_take(variance, places))
         # no second moment, no update: such entries become zero
         kept = kept / np.where(divisor > 0, divisor, np.float32(np.inf))
     histogram = Histogram.of(kept)
@@ -64,7 +61,7 @@ def encode_first_moment(
         classes = _take(weight.classes, places)
     streams, context, bound = encode_indices(indices, alphabet=len(codebook), backend=options.backend, classes=classes)
     streams["codebook"] = codebook.astype("<f4").tobytes()
-    decoded = _scatter(codebook, indices, places, scale, exp_avg)
+    decoded = _scatter(codebook, indices, places, variance, exp_avg)
     return CodedTensor(
         kind="first_moment",
         streams=streams,
@@ -85,20 +82,24 @@ def _take(values: NDArray[T], places: NDArray[np.int64] | None) -> NDArray[T]:
     return values if places is None else values.take(places, mode="clip")
 
 
+def _root(variance: Float32) -> Float32:
+    return np.sqrt(np.maximum(variance, 0))
+
+
 def _scatter(
-    codebook: Float32, indices: Indices, places: NDArray[np.int64] | None, scale: Float32 | None, like: Tensor
+    codebook: Float32, indices: Indices, places: NDArray[np.int64] | None, variance: Float32 | None, like: Tensor
 ) -> Tensor:
     if places is None:
-        whole = codebook.take(indices, mode="clip")
-        if scale is not None:
-            whole *= scale
+        whole = look_up(codebook, indices)
+        if variance is not None:
+            whole *= _root(variance)
     else:
         # few entries are left: only those are worked on
         kept = np.flatnonzero(indices != 0)
         places = places.take(kept, mode="clip")
         found = codebook.take(indices.take(kept, mode="clip"), mode="clip")
         whole = np.zeros(like.numel(), dtype=np.float32)
-        whole[places] = found if scale is None else found * scale.take(places, mode="clip")
+        whole[places] = found if variance is None else found * _root(variance.take(places, mode="clip"))
     return torch.from_numpy(whole).reshape(like.shape).to(like.dtype)
 
 
@@ -117,10 +118,8 @@ def decode_first_moment(
     """
     places = _places(weight)
     classes = None if weight is None or weight.classes is None else _take(weight.classes, places)
-    indices = decode_indices(streams, meta["context"], classes=classes)
-    due = like.numel() if places is None else len(places)
-    if len(indices) != due:
-        raise ValueError(f"ExCP stream is damaged: {len(indices)} elements where {due} were due")
+    length = like.numel() if places is None else len(places)
+    indices = decode_indices(streams, meta["context"], length=length, classes=classes)
     codebook = np.frombuffer(streams["codebook"], "<f4").astype(np.float32)
-    scale = None if second_moment is None else update_scale(second_moment.decoded)
-    return CodedTensor("first_moment", {}, _scatter(codebook, indices, places, scale, like), indices=indices)
+    variance = None if second_moment is None else as_float32(second_moment.decoded)
+    return CodedTensor("first_moment", {}, _scatter(codebook, indices, places, variance, like), indices=indices)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .histogram import NUM_BINS, Float32, Float64, Histogram, bins_of
+from .lookup import look_up
 
 _ITERATIONS = 40
 _FEW_BINS = 16
@@ -35,7 +36,7 @@ class Quantiser:
 
     def indices(self, values: Float32) -> NDArray[np.uint8]:
         """Index of each value, same shape (n,)."""
-        indices = self.labels.take(bins_of(values), mode="clip")
+        indices = look_up(self.labels, bins_of(values))
         if _divides(self.threshold):
             indices[np.abs(values) <= np.float32(self.threshold)] = 0
         return indices

@@ -42,6 +42,7 @@ def restore(
     verify: bool = True,
     workers: int = 2,
     progress: Progress | None = None,
+    store: SaveStore | None = None,
 ) -> Restored:
     """Decodes a checkpoint from its key frame on.
 
@@ -51,6 +52,7 @@ def restore(
         verify: compare each decoded tensor with its checksum.
         workers: threads.
         progress: called with the number of decoded saves and of all.
+        store: where its bases are, if not in `excp/` beside it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -58,7 +60,7 @@ def restore(
     """
     path = Path(path)
     identity = read_identity(path, weights_only=weights_only)
-    store = store_of(path)
+    store = store or store_of(path)
     try:
         bases = store.chain(identity)
     except ValueError as error:

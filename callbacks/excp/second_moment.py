@@ -12,10 +12,11 @@ from .adam import AdamRule, update_ceiling
 from .entropy import decode_symbols, encode_symbols
 from .exact import decode_exact, encode_exact
 from .histogram import Float32, Histogram
-from .indices import Indices, decode_indices, encode_indices
+from .indices import Indices, decode_indices, encode_indices, row_length
+from .lookup import look_up, squared_norm
 from .options import Backend, ExCPOptions
 from .quantiser import choose_quantiser
-from .weights import CodedTensor, as_float32, side_bits, squared_norm
+from .weights import CodedTensor, as_float32, side_bits
 
 # more exceptions than this and coding every entry is smaller
 _MOST_EXCEPTIONS = 0.05
@@ -133,12 +134,10 @@ class SecondMomentForms:
         quantiser = choose_quantiser(Histogram.of(self.values), num_levels=2**bits - 1, logarithmic=True)
         indices = quantiser.indices(self.values)
         codebook = np.concatenate([[0.0], quantiser.levels]).astype(np.float32)
-        row = self.tensor.shape[-1] if self.tensor.dim() > 1 and self.options.contexts else 0
-        streams, context, bound = encode_indices(
-            indices, alphabet=len(codebook), backend=self.options.backend, row=row if row >= 32 else 0
-        )
+        row = _last_row(self.tensor) if self.options.contexts else 0
+        streams, context, bound = encode_indices(indices, alphabet=len(codebook), backend=self.options.backend, row=row)
         streams["codebook"] = codebook.astype("<f4").tobytes()
-        return self._coded("log_kmeans", streams, codebook.take(indices, mode="clip"), bound, context=context)
+        return self._coded("log_kmeans", streams, look_up(codebook, indices), bound, context=context)
 
     def _rank1(self) -> CodedTensor | None:
         rows, columns = matrix_shape(tuple(self.tensor.shape))
@@ -151,6 +150,16 @@ class SecondMomentForms:
             coded = self._rank1_of(np.minimum(self.values, limit), rows)
         return coded
 
+    def _too_small(self, decoded: Float32, target: float) -> NDArray[np.int64]:
+        """Where the next update would be more than `target` times too large, and large among all updates."""
+        # the denominator shrinks by the root of what the second moment shrinks by, or by less
+        doubtful = np.flatnonzero(decoded * np.float32(0.999 * target**2) < self.values)
+        updates = self.rule.updates(self.momentum[doubtful], decoded[doubtful], self.values[doubtful])
+        allowed = np.maximum(
+            self.exact_updates[doubtful] * np.float32(target), update_ceiling(self.exact_updates, target)
+        )
+        return doubtful[updates > allowed]
+
     def _rank1_of(self, values: Float32, rows: int) -> CodedTensor | None:
         """Means of `values`, and exceptions; None where there are too many."""
         factors = [bfloat16(factor) for factor in rank1_factors(values, rows)]
@@ -160,9 +169,7 @@ class SecondMomentForms:
         }
         decoded = _outer(*map(as_float32, factors))
         if self.options.update_target is not None:
-            ceiling = update_ceiling(self.exact_updates, self.options.update_target)
-            allowed = np.maximum(self.exact_updates * np.float32(self.options.update_target), np.float32(ceiling))
-            positions = np.flatnonzero(self.rule.updates(self.momentum, decoded, self.values) > allowed)
+            positions = self._too_small(decoded, self.options.update_target)
             if len(positions) > _MOST_EXCEPTIONS * len(self.values):
                 return None
             if len(positions):
@@ -171,6 +178,10 @@ class SecondMomentForms:
                 streams["positions"] = encode_gaps(positions, backend=self.options.backend)
                 streams["exceptions"] = encode_exact(exceptions, backend=self.options.backend)
         return self._coded("rank1", streams, decoded, 0.0, rows=rows)
+
+
+def _last_row(tensor: Tensor) -> int:
+    return row_length((tensor.numel() // tensor.shape[-1], tensor.shape[-1])) if tensor.dim() > 1 else 0
 
 
 def _spread(codebook: Float32, indices: Indices, mask: NDArray[np.bool_]) -> Float32:
@@ -208,10 +219,11 @@ def decode_second_moment(
             decoded[positions] = halves("exceptions", len(positions))
     elif kind == "masked" and first_moment is not None:
         mask = as_float32(first_moment.decoded) != 0
-        decoded = _spread(floats("codebook"), decode_indices(streams, meta["context"]), mask)
+        indices = decode_indices(streams, meta["context"], length=int(np.count_nonzero(mask)))
+        decoded = _spread(floats("codebook"), indices, mask)
     else:
-        row = like.shape[-1] if like.dim() > 1 else 0
-        decoded = floats("codebook").take(decode_indices(streams, meta["context"], row=row), mode="clip")
+        indices = decode_indices(streams, meta["context"], length=like.numel(), row=_last_row(like))
+        decoded = look_up(floats("codebook"), indices)
     if len(decoded) != like.numel():
         raise ValueError(f"ExCP stream is damaged: {len(decoded)} elements where {like.numel()} were due")
     return CodedTensor(kind, {}, torch.from_numpy(decoded).reshape(like.shape).to(like.dtype))

@@ -46,12 +46,14 @@ class SaveStore:
     """The saves of one folder of checkpoints.
 
     Args:
-        folder: where the visible checkpoints are; its sub-folder `excp` holds the saves.
+        visible: where the visible checkpoints are.
+        folder: where the saves are; `excp` beside the checkpoints by default.
+        names: pattern of the visible checkpoints in their folder.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.visible = folder
-        self.folder = folder / FOLDER
+    def __init__(self, visible: Path, *, folder: Path | None = None, names: str = "*") -> None:
+        self.visible, self.names = visible, names
+        self.folder = folder or visible / FOLDER
         self._locks: dict[str, FileLock] = {}
         self._swept = False
 
@@ -234,7 +236,7 @@ class SaveStore:
         return found
 
     def _files(self) -> Iterator[Path]:
-        for path in self.visible.iterdir():
+        for path in self.visible.glob(self.names):
             if path.is_file() and not path.name.startswith("."):
                 yield path
 

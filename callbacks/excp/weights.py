@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .histogram import SMALLEST, Float32, Histogram
-from .indices import Indices, decode_indices, encode_indices, level_classes, row_length
+from .indices import INDEX_STREAMS, Indices, decode_indices, encode_indices, level_classes, row_length
+from .lookup import look_up, squared_norm
 from .options import ExCPOptions
 from .pruning import weight_threshold
 from .quantiser import Quantiser, choose_quantiser
@@ -17,20 +18,11 @@ from .quantiser import Quantiser, choose_quantiser
 _MARGINS = (0.995, 0.9, 0.6)
 _CLOSE_ENOUGH = 0.985
 _SEARCH_STEPS = 8
-_BLOCK = 1 << 16
 
 
 def as_float32(tensor: Tensor) -> Float32:
     """The values, flat; shares memory with a contiguous float32 tensor on the CPU."""
     return tensor.detach().cpu().to(torch.float32).contiguous().reshape(-1).numpy()
-
-
-def squared_norm(values: Float32) -> float:
-    """Sum of squares in float64, the same for any number of threads."""
-    total = 0.0
-    for start in range(0, len(values), _BLOCK):
-        total += float(np.square(values[start : start + _BLOCK], dtype=np.float64).sum())
-    return total
 
 
 @dataclass
@@ -66,7 +58,7 @@ class CodedTensor:
 
 def side_bits(streams: dict[str, bytes]) -> float:
     """Bits of everything that is not an index."""
-    return 8.0 * sum(len(part) for name, part in streams.items() if name not in ("indices", "rows"))
+    return 8.0 * sum(len(part) for name, part in streams.items() if name not in INDEX_STREAMS)
 
 
 def _choose(histogram: Histogram, threshold: float, options: ExCPOptions, target: float | None) -> Quantiser | None:
@@ -180,7 +172,7 @@ def encode_weight(
 
 def _add(base: Float32, codebook: Float32, indices: Indices, like: Tensor) -> Tensor:
     # one IEEE addition and one rounding: the same bits on every machine
-    total = codebook.take(indices, mode="clip")
+    total = look_up(codebook, indices)
     total += base
     return torch.from_numpy(total).reshape(like.shape).to(like.dtype)
 
@@ -194,8 +186,12 @@ def decode_weight(
         ValueError: the streams do not fit together.
     """
     codebook = np.frombuffer(streams["codebook"], "<f4").astype(np.float32)
-    indices = decode_indices(streams, meta["context"], classes=previous_classes, row=row_length(tuple(reference.shape)))
-    if len(indices) != reference.numel():
-        raise ValueError(f"ExCP stream is damaged: {len(indices)} elements where {reference.numel()} were due")
+    indices = decode_indices(
+        streams,
+        meta["context"],
+        length=reference.numel(),
+        classes=previous_classes,
+        row=row_length(tuple(reference.shape)),
+    )
     decoded = _add(as_float32(reference), codebook, indices, reference)
     return CodedTensor("residual", {}, decoded, indices=indices, classes=level_classes(indices, codebook))

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from tenfold.callbacks import ExCPCheckpointIO, ExCPMetrics, RunCheckpoint
-from tenfold.callbacks.excp import ExCPOptions, checkpoint_io, expanded, load_checkpoint, restore
+from tenfold.callbacks.excp import ExCPOptions, chain, expanded, load_checkpoint, restore
 from tenfold.callbacks.excp.container import is_save, read_identity
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -340,13 +340,13 @@ def test_metrics_reach_the_logger_at_the_saved_step(tmp_path: Path) -> None:
 def slow_encode(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Coding waits until the event is set."""
     go = threading.Event()
-    real = checkpoint_io.encode
+    real = chain.encode
 
     def encode(*args: Any, **kwargs: Any) -> Any:
         assert go.wait(20)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint_io, "encode", encode)
+    monkeypatch.setattr(chain, "encode", encode)
     yield go
     go.set()
 
