@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+import transformers
 
 from .digest import model_digest, samples_digest, tokenizer_digest
 from .distributed import Processes, join_processes
@@ -234,7 +234,9 @@ def _make_lm(
 
     if isinstance(model, LM):
         network = getattr(model, "model", None)
-        return model, model_digest(network) if isinstance(network, torch.nn.Module) else type(model).__name__
+        if isinstance(network, transformers.PreTrainedModel):
+            return model, model_digest(network)
+        return model, type(model).__name__
     if isinstance(model, (str, os.PathLike)):
         source = model
         tokenizer = source if tokenizer is None else tokenizer

@@ -17,9 +17,9 @@ from ..wikipedia_tasks import BLANK, base_title, mask_title
 from .code_lines import CodeLines
 from .haystack import sentences_of
 
-# a row without its length, and the answer
 Row = dict[str, Any]
-MakeRow = Callable[[int, str], Row]
+# draws a row of so many pieces, with a keyword `seed`: the same arguments give the same row
+MakeRow = Callable[..., Row]
 
 _YEAR = re.compile(r"(?<![\w.,-])(1[0-9]{3}|20[0-2][0-9])(?![\w,-])")
 _FEWEST_WORDS = 8

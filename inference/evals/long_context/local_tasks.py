@@ -1,5 +1,6 @@
 """longbench-local as tasks: rows made to measure for the model's tokenizer, then LongBench's own code."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class LocalRows:
             for sample in range(num_samples):
                 seed = f"{options.seed}/{name}/{length}/{sample}"
                 made = largest_that_fits(
-                    lambda pieces, seed=seed: make(pieces, seed),
+                    functools.partial(make, seed=seed),
                     self._text_of(name),
                     fitter=self._fitter,
                     length=length,

@@ -185,7 +185,7 @@ def lm_eval_templates() -> Templates:
     class Loader(yaml.SafeLoader):
         """Reads task files, functions by name only."""
 
-    Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+    Loader.add_constructor("!function", lambda loader, node: None)
     folder = Path(str(lm_eval.__file__)).parent / "tasks" / "longbench"
     prompts, lengths = {}, {}
     for name in SETS:

@@ -91,10 +91,10 @@ def insert_at_depth(fitter: PromptFitter, ids: Sequence[int], needle: str, depth
     """
     point = int(len(ids) * depth / 100)
     if depth < 100:
-        while point > 0 and not fitter.tokenizer.decode([ids[point - 1]]).rstrip().endswith("."):
+        while point > 0 and not str(fitter.tokenizer.decode([ids[point - 1]])).rstrip().endswith("."):
             point -= 1
     before, after = (
-        fitter.tokenizer.decode(list(part), skip_special_tokens=True) for part in (ids[:point], ids[point:])
+        str(fitter.tokenizer.decode(list(part), skip_special_tokens=True)) for part in (ids[:point], ids[point:])
     )
     return " ".join(part for part in (before.strip(), needle, after.strip()) if part)
 

@@ -40,7 +40,7 @@ def add_long_context(page: Page, summaries: Mapping[str, Mapping[str, Any]]) -> 
             _rows(found), {"set": "Set", "category": "Category", "score": "Score", **{key: key for key in lengths}}
         )
         if "categories" in found:
-            means = {CATEGORIES[key]: value for key, value in found["categories"].items()}  # type: ignore[index]
+            means = {CATEGORIES[key]: value for key, value in found["categories"].items()}
             means |= {f"language {key}": value for key, value in found["languages"].items()}
             means |= {"mean of sets": found["mean_of_sets"], "mean of categories": found["mean_of_categories"]}
             page.table([{"what": key, "score": value} for key, value in means.items()], {"what": "", "score": "Score"})

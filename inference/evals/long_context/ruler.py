@@ -5,6 +5,7 @@ worded here and the hay and the words come from the documents at hand, so scores
 paper's numbers; lm-eval's own `ruler` has the original wording. Scored alike: the share of references in the answer.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,8 +37,8 @@ class RulerSample:
     answers: list[str]
 
 
-# a maker draws a sample of so many pieces from a seed: the same arguments give the same sample
-Maker = Callable[[int, str], RulerSample]
+# draws a sample of so many pieces, with a keyword `seed`: the same arguments give the same sample
+Maker = Callable[..., RulerSample]
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def ruler_task(
         for sample in range(num_samples):
             seed = f"{options.seed}/{family_name}/{length}/{sample}"
             made = largest_that_fits(
-                lambda pieces, family=family, seed=seed: family.make(pieces, seed),
+                functools.partial(family.make, seed=seed),
                 lambda made: fitter.wrapped(made.prompt, prefix=made.prefix),
                 fitter=fitter,
                 length=length,

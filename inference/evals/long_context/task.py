@@ -55,7 +55,7 @@ class LongContextTask(ConfigurableTask):
         self._prompts: dict[int, FittedPrompt] = {}
         self.path = path
         settings = {"until": [], "max_gen_toks": max_new_tokens, "do_sample": False, **(generation or {})}
-        self._shown = {
+        self._shown: dict[str, Any] = {
             "task": name,
             "output_type": "generate_until",
             "test_split": "test",
