@@ -85,7 +85,8 @@ def is_published_folder(folder: Path) -> bool:
         return True
     from .longbench_sets import SETS
 
-    return any((folder / part / f"{name}.jsonl").is_file() for part in _SUBFOLDERS for name in SETS)
+    names = [f"{name}{ending}.jsonl" for name in SETS for ending in ("", "_e")]
+    return any((folder / part / name).is_file() for part in _SUBFOLDERS for name in names)
 
 
 def read_set(folder: Path, name: str, *, skip_malformed: bool = False) -> SetRows:
