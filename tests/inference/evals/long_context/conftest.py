@@ -13,21 +13,6 @@ from lm_eval.api.model import LM
 
 NOUNS = ("river", "stone", "market", "bridge", "engine", "garden", "winter")
 NOUNS += ("letter", "copper", "island", "signal", "harbour", "forest", "museum")
-    "river",
-    "stone",
-    "market",
-    "bridge",
-    "engine",
-    "garden",
-    "winter",
-    "letter",
-    "copper",
-    "island",
-    "signal",
-    "harbour",
-    "forest",
-    "museum",
-]
 
 
 class ScriptedLM(LM):
