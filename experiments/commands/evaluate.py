@@ -8,6 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from .long_context_arguments import add_long_context_arguments, long_context_options
+
 _WIKIPEDIA_TASKS = ("wikipedia_bits_per_byte", "wikipedia_title_cloze")
 _WIKIPEDIA_GROUP = "tenfold_wikipedia"
 _WIKIPEDIA_ASSET = "asset:wikipedia-summaries"
@@ -32,7 +34,8 @@ def _parser() -> argparse.ArgumentParser:
         "--data-dir",
         type=Path,
         metavar="DIR",
-        help="local copies of the tasks' data: DIR/TASK/SPLIT.jsonl (or .json, .parquet, .csv), published columns",
+        help="local copies of the tasks' data: DIR/TASK/SPLIT.jsonl (or .json, .parquet, .csv), published columns; or "
+        "the folder of LongBench's published files",
     )
     what.add_argument("--include-path", type=Path, metavar="DIR", help="folder with further lm-eval task files")
     what.add_argument(
@@ -64,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--confirm-run-unsafe-code", action="store_true", help="let tasks run code that the model has written"
     )
+
+    add_long_context_arguments(parser)
 
     where = parser.add_argument_group("where results go")
     where.add_argument("--output", type=Path, metavar="DIR", help="default: runs/evaluate/MODEL-TIME")
@@ -165,6 +170,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             wandb=wandb,
             model_label=label,
             confirm_run_unsafe_code=arguments.confirm_run_unsafe_code,
+            long_context=long_context_options(arguments, tasks),
         )
     if results is not None and main_process:
         print_scores(results)
