@@ -41,6 +41,7 @@ COMMANDS: dict[str, Command] = {
     "export": Command("commands.export", "turn a checkpoint into a model folder, or into its deployed form"),
     "generate": Command("commands.generate", "continue a prompt with a trained model"),
     "evaluate": Command("commands.evaluate", "score a model through lm-eval"),
+    "checkpoint": Command("commands.checkpoint", "inspect, verify, expand or compress checkpoints"),
     "bench": Command("commands.bench", "measure speed and memory against peers"),
     "report": Command("commands.report", "turn results into one self-contained page"),
     "plan": Command("commands.plan", "estimate memory, time and bytes of a configuration on given hardware"),

@@ -21,9 +21,9 @@ T = TypeVar("T", bound=np.generic)
 def encode_first_moment(
     exp_avg: Tensor, *, weight: CodedTensor | None, variance: Float32 | None, options: ExCPOptions, bits: int
 ) -> CodedTensor | str:
-    """Codes exp_avg: zero wherever the weight's residual is zero or the moment is below its threshold.
+    """Codes exp_avg: zero wherever the moment is below its threshold, or by default the weight's residual is zero.
 
-    Only entries that the weight keeps are coded, so that the second of the two masks is coded given the first.
+    In the latter case only entries that the weight keeps are coded. Either way the weight's levels are the context.
 
     Args:
         exp_avg: float32, bfloat16 or float16, any shape.
@@ -39,7 +39,7 @@ def encode_first_moment(
         the coded moment, or why it must be stored exactly.
     """
     exact = as_float32(exp_avg)
-    places = _places(weight)
+    places = _places(weight) if options.momentum_mask == "weight" else None
     kept: Any = _take(exact, places)
     if variance is not None:
         divisor = _root(_take(variance, places))
@@ -66,7 +66,7 @@ def encode_first_moment(
         kind="first_moment",
         streams=streams,
         decoded=decoded,
-        meta={"context": context},
+        meta={"context": context, "mask": options.momentum_mask},
         indices=indices,
         bound_bits=bound + side_bits(streams),
         squared_error=squared_norm(as_float32(decoded) - exact),
@@ -116,7 +116,7 @@ def decode_first_moment(
     Raises:
         ValueError: the streams do not fit together.
     """
-    places = _places(weight)
+    places = _places(weight) if meta["mask"] == "weight" else None
     classes = None if weight is None or weight.classes is None else _take(weight.classes, places)
     length = like.numel() if places is None else len(places)
     indices = decode_indices(streams, meta["context"], length=length, classes=classes)

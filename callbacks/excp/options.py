@@ -21,6 +21,8 @@ class ExCPOptions:
             code (section 3: min(2.5, alpha / sqrt(mean(v))) times the median, beta times the mean momentum).
         sparsity: fraction (0-1) of the weight residual that becomes zero. `error_target` lowers it where needed.
         momentum_sparsity: fraction (0-1) of the first moment that becomes zero, the zeros of the residual included.
+        momentum_mask: `weight` keeps the first moment only where the residual is kept (the paper), `own` wherever it is
+            large: fewer bits for the same error of the moment where many residuals are pruned.
         alpha: weight threshold of `paper` mode.
         beta: momentum threshold of `paper` mode.
         weight_bits: the residual has at most 2**weight_bits - 1 non-zero levels (2-8).
@@ -46,6 +48,7 @@ class ExCPOptions:
     mode: Literal["sparsity", "paper"] = "sparsity"
     sparsity: float = 0.95
     momentum_sparsity: float = 0.98
+    momentum_mask: Literal["weight", "own"] = "weight"
     alpha: float = 5e-5
     beta: float = 2.0
     weight_bits: int = 4
@@ -63,6 +66,7 @@ class ExCPOptions:
         _check(self.mode in ("sparsity", "paper"), "mode", self.mode, "sparsity or paper")
         _check(self.second_moment in ("rank1", "log_kmeans", "masked"), "second_moment", self.second_moment,
                "rank1, log_kmeans or masked")  # fmt: skip
+        _check(self.momentum_mask in ("weight", "own"), "momentum_mask", self.momentum_mask, "weight or own")
         _check(self.backend in ("rans", "zstd", "lzma"), "backend", self.backend, "rans, zstd or lzma")
         for name in ("sparsity", "momentum_sparsity"):
             _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "a fraction from 0 to below 1")
