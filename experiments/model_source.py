@@ -7,6 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .. import lightning_modules as _lightning_modules  # noqa: F401 (registers the model types)
+from ..callbacks.excp.container import is_save
+from ..callbacks.excp.restore import load_checkpoint
 from ..datamodules import resolve
 from ..inference.evals.loading import Dtype, check_tokenizer, load_model, load_tokenizer, pick_dtype
 
@@ -19,16 +21,19 @@ class Source(NamedTuple):
 
 
 def read_checkpoint(path: Path) -> Source:
-    """The network of a Lightning checkpoint that `CausalLMModule` wrote, in the precision it was saved in.
+    """The network of a Lightning checkpoint that `CausalLMModule` wrote, plain or coded, in its stored precision.
 
     Raises:
         ValueError: another kind of file, or a state dict that does not fit.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint of plain data: {reason}") from error
+    if is_save(path):
+        checkpoint = load_checkpoint(path)
+    else:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path} cannot be read as a checkpoint of plain data: {reason}") from error
     if not isinstance(checkpoint, dict) or "model_config" not in checkpoint:
         raise ValueError(f"{path} has no model_config: only checkpoints of CausalLMModule can be exported")
     fields = dict(checkpoint["model_config"])
