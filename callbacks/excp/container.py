@@ -128,16 +128,13 @@ def envelope(encoded: EncodedSave, base: Identity | None = None) -> dict[str, An
 
 
 def _identify(sections: dict[str, bytes], base: Identity | None, *, alias: bool) -> Identity:
-    place = {
-        "base_id": base.save_id if base else None,
-        "position": base.position + 1 if base else 0,
-        "alias": alias,
-    }
-    digest = hashlib.sha256(json.dumps([place, base.chain_id if base else None]).encode())
+    base_id, position = (base.save_id, base.position + 1) if base else (None, 0)
+    digest = hashlib.sha256(json.dumps([base_id, base.chain_id if base else None, position, alias]).encode())
     for name in _SECTIONS:
         digest.update(sections[name])
     save_id = digest.hexdigest()[:32]
-    return Identity(save_id=save_id, chain_id=base.chain_id if base else save_id, **place)
+    chain_id = base.chain_id if base else save_id
+    return Identity(save_id=save_id, base_id=base_id, chain_id=chain_id, position=position, alias=alias)
 
 
 def read_identity(path: str | os.PathLike[str], *, weights_only: bool = True) -> Identity:

@@ -195,7 +195,7 @@ def _as_checkpoint(values: dict[str, tuple[WriteItem, Any]]) -> dict[str, Any]:
             weights[key] = value
             index[key] = ["state_dict", key]
     prefixes = sorted({key.partition(".")[0] for key in weights})
-    optimisers = []
+    optimisers: list[dict[str, Any]] = []
     for owner, states in sorted(moments.items()):
         names, state = [], {}
         for number, (place, pair) in enumerate(sorted(states.items())):
