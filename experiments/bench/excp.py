@@ -65,8 +65,7 @@ CASES: dict[str, RunSettings] = {
         weight_decay=0.01,
         first_save=25,
         steps_per_save=25,
-        num_saves=7,
-        bfloat16=True,
+        num_saves=6,
     ),
 }
 QUICK: dict[str, RunSettings] = {

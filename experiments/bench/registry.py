@@ -50,6 +50,7 @@ class Bench(NamedTuple):
 
 
 BENCHES: dict[str, Bench] = {
+    "mole": Bench("mole", "decoding from MoLE's table against dense and MoE, de-duplicated training, table building"),
     "excp": Bench("excp", "checkpoints of real training runs: ratio and error, speed, blocked time, memory"),
     "excp-resume": Bench("excp_resume", "training resumed three times from coded saves: loss and first update"),
     "specache": Bench("specache", "decoding with SpeCache: device bytes, tokens per second, exposed waits"),

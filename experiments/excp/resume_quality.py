@@ -34,8 +34,8 @@ MODES: dict[str, ExCPOptions] = {
 ERROR_TARGETS = (0.15, 0.25, 0.4, 0.6, 0.8, 1.0, 1.4)
 _SECOND_MOMENTS = ("rank1", "log_kmeans", "masked")
 _RUN = RunSettings(
-    model="dense-tiny", batch_size=8, sequence_length=128, learning_rate=2e-3, warmup_steps=40, cosine_steps=460,
-    first_save=120, steps_per_save=40, num_saves=7,
+    model="dense-tiny", batch_size=8, sequence_length=64, learning_rate=2e-3, warmup_steps=20, cosine_steps=320,
+    first_save=120, steps_per_save=20, num_saves=7,
 )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ class Study:
     run: RunSettings = _RUN
     resumes: tuple[int, ...] = (2, 4, 6)
     watched_steps: int = 20
-    tail_steps: int = 60
+    tail_steps: int = 40
     held_out: int = 16
     seeds: tuple[int, ...] = SEEDS
     modes: tuple[str, ...] = tuple(MODES)
@@ -139,7 +139,11 @@ def one_run(study: Study, mode: str, beta2: float, seed: int, text: Text, first:
         if number in study.resumes:
             exact_losses, exact_update = resume_and_watch(training, exact, study.watched_steps)
             watched, update = resume_and_watch(training, decoded, study.watched_steps)
-            training.load(decoded)
+            if study.watched_steps == study.run.steps_per_save:
+                # those steps are the run's own
+                losses += watched
+            else:
+                training.load(decoded)
             chain.resumed(decoded)
             resumes.append(
                 {
@@ -154,7 +158,7 @@ def one_run(study: Study, mode: str, beta2: float, seed: int, text: Text, first:
                     "largest_error_over_step": report.largest_error_over_step,
                 }
             )
-    losses += training.train(training.step + study.tail_steps)
+    losses += training.train(settings.step_of(settings.num_saves - 1) + study.tail_steps)
     held_out = training.held_out_loss(text.held_out_batches(study.held_out))
     return {
         "mode": mode,

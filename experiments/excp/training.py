@@ -137,7 +137,7 @@ class Training:
         decayed = [p for p in self.model.parameters() if p.dim() > 1]
         others = [p for p in self.model.parameters() if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, foreach=True)
+        self.optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
         self.step = 0
 
     def learning_rate(self, step: int) -> float:
