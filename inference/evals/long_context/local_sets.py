@@ -127,7 +127,7 @@ def _title_questions(title: str, text: str) -> list[tuple[str, str]]:
     for sentence in sentences_of(text):
         masked = mask_title(sentence, title)
         if BLANK in masked and len(masked.split()) >= _FEWEST_WORDS and answer.casefold() not in masked.casefold():
-            found.append((f'What stands at {BLANK} in: "{masked}"', answer))
+            found.append((f'Which name fills the gap in this sentence of a passage: "{masked}"', answer))
     return found
 
 
@@ -137,7 +137,7 @@ def _year_questions(title: str, text: str) -> list[tuple[str, str]]:
         years = _YEAR.findall(sentence)
         if len(years) == 1 and len(sentence.split()) >= _FEWEST_WORDS and text.count(sentence) == 1:
             masked = _YEAR.sub(BLANK, sentence)
-            found.append((f'Which year stands at {BLANK} in: "{masked}"', years[0]))
+            found.append((f'Which year fills the gap in this sentence of a passage: "{masked}"', years[0]))
     return found
 
 
