@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,7 @@ def evaluate_model(
     confirm_run_unsafe_code: bool = False,
     long_context: LongContextOptions | None = None,
     progress: Mode = "auto",
+    lm_class: Callable[..., TransformersLM] = TransformersLM,
 ) -> dict[str, Any] | None:
     """Score a model with lm-eval, and write what came out.
 
@@ -104,6 +105,7 @@ def evaluate_model(
         confirm_run_unsafe_code: Whether tasks that run code written by the model may do so.
         long_context: Settings of LongBench, needle and RULER-like tasks (see `long_context/README.md`).
         progress: How progress is shown.
+        lm_class: Wraps a network for lm-eval; takes what `TransformersLM` takes.
 
     Returns:
         lm-eval's results with `samples` and a block `tenfold`: digests of model, tokenizer and data, seeds, versions,
@@ -147,6 +149,7 @@ def evaluate_model(
             max_length=max_length,
             processes=processes,
             progress=progress,
+            lm_class=lm_class,
         )
         if apply_chat_template and not getattr(lm.tokenizer, "chat_template", None):
             raise ValueError("--apply-chat-template was asked for, but the tokenizer has no chat template")
@@ -171,7 +174,8 @@ def evaluate_model(
             **seeds,
         )
         num_truncated = processes.gather_object(getattr(lm, "num_truncated", 0))
-        if results is None or num_truncated is None:
+        facts = processes.gather_object(lm.run_facts() if isinstance(lm, TransformersLM) else {})
+        if results is None or num_truncated is None or facts is None:
             return None
         by_suite = tell_by_suite(results, selection.tasks)
         _restore_sources(results, selection)
@@ -190,6 +194,7 @@ def evaluate_model(
             "versions": _versions(),
             **_from_samples(results["samples"], selection),
             **({"long_context": by_suite} if by_suite else {}),
+            **(lm.merge_facts(facts) if isinstance(lm, TransformersLM) else {}),
         }
         if output_dir is not None:
             write_results(results, output_dir, log_samples=log_samples)
@@ -227,6 +232,7 @@ def _make_lm(
     device: str | None,
     dtype: Dtype,
     processes: Processes,
+    lm_class: Callable[..., TransformersLM],
     **options: Any,
 ) -> tuple[Any, str]:
     """The model as lm-eval sees it, and its digest."""
@@ -249,7 +255,7 @@ def _make_lm(
             raise ValueError("a loaded model comes without its tokenizer: pass tokenizer=")
     if isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = load_tokenizer(tokenizer)
-    return TransformersLM(network, tokenizer, processes=processes, **options), digest
+    return lm_class(network, tokenizer, processes=processes, **options), digest
 
 
 def _run(lm: Any, selection: TaskSelection, **options: Any) -> dict[str, Any] | None:

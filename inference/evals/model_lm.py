@@ -87,6 +87,15 @@ class TransformersLM(HFLM):
             "model_sha": "",
         }
 
+    def run_facts(self) -> dict[str, Any]:
+        """What a run tells about this model beside its scores, for the block `tenfold` of the results."""
+        return {}
+
+    @staticmethod
+    def merge_facts(parts: list[dict[str, Any]]) -> dict[str, Any]:
+        """`run_facts` of all processes as one."""
+        return parts[0]
+
     def loglikelihood(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether it is the greedy one."""
         return super().loglikelihood(requests, disable_tqdm=True)

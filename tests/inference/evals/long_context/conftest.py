@@ -74,9 +74,9 @@ def articles() -> list[dict[str, str]]:
         rows.append(
             {
                 "title": name,
-                "text": f"{name} is a small town of {number * 13} houses known for its {' '.join(words[:8])}. "
-                f"The people there built a {' '.join(words[8:14])} of {number * 17} steps in {1500 + number} beside the old road. "
-                f"Many who come by see the {' '.join(words[14:20])} of number {number * 31} first.",
+                "text": f"{name} is a small town of {number + 200} houses known for its {' '.join(words[:8])}. "
+                f"The {number + 7} masons built a {' '.join(words[8:14])} in {1500 + number} beside the old road. "
+                f"Many who come by see the {' '.join(words[14:20])} of number {number + 100} first.",
             }
         )
     return rows
