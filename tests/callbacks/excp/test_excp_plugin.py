@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,17 @@ def test_two_processes_with_one_chain_do_not_share_it(tmp_path: Path, make_check
     other.teardown()
 
 
+def test_a_chain_goes_on_when_all_its_names_are_gone(tmp_path: Path, make_checkpoint: Any, move: Any) -> None:
+    state = make_checkpoint({"w": torch.randn(40, 50)})
+    io = ExCPCheckpointIO(ExCPOptions(min_numel=256), asynchronous=False)
+    io.save_checkpoint(state, tmp_path / "0.ckpt")
+    io.remove_checkpoint(tmp_path / "0.ckpt")
+    io.save_checkpoint(move(state, seed=1), tmp_path / "1.ckpt")
+    io.teardown()
+    assert read_identity(tmp_path / "1.ckpt").position == 1
+    assert load_checkpoint(tmp_path / "1.ckpt")["global_step"] == 110
+
+
 def test_bases_deleted_by_hand_start_a_new_chain(tmp_path: Path, make_checkpoint: Any, move: Any) -> None:
     state = make_checkpoint({"w": torch.randn(40, 50)})
     io = ExCPCheckpointIO(ExCPOptions(min_numel=256), asynchronous=False)
@@ -372,13 +384,16 @@ def test_what_is_written_is_the_state_at_the_call(
 ) -> None:
     state = make_checkpoint({"w": torch.randn(40, 50)})
     exact = state["state_dict"]["w"].clone()
+    seen = Counter(a=1)
     io = ExCPCheckpointIO(ExCPOptions(min_numel=256))
-    io.save_checkpoint(state, tmp_path / "0.ckpt")
+    io.save_checkpoint(state | {"seen": seen}, tmp_path / "0.ckpt")
     state["state_dict"]["w"] += 1
     state["optimizer_states"][0]["param_groups"][0]["lr"] = 99
+    seen["a"] = 99
     slow_encode.set()
     io.teardown()
-    loaded = load_checkpoint(tmp_path / "0.ckpt")
+    loaded = load_checkpoint(tmp_path / "0.ckpt", weights_only=False)
+    assert loaded["seen"]["a"] == 1
     assert torch.equal(loaded["state_dict"]["w"], exact)
     assert loaded["optimizer_states"][0]["param_groups"][0]["lr"] == 1e-3
 
