@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tenfold.inference.evals import evaluate_model
-from tenfold.inference.evals.long_context.catalogue import plan_long_context
+from tenfold.inference.evals.long_context.catalogue import long_context_task_names, plan_long_context
 from tenfold.inference.evals.long_context.longbench_sets import SETS, sets_of_e
 from tenfold.inference.evals.long_context.options import LongContextOptions
 from tenfold.inference.evals.long_context.prompts import PromptFitter, cut_middle, default_prompt_tokens
@@ -366,3 +366,22 @@ def test_hub_rows_are_read_from_the_published_archive(
     found = run(kit.lm(letter_tokenizer, kit.right, max_length=2000), None, ["longbench_official_hotpotqa"])
     assert asked == [("THUDM/LongBench", "data.zip", "dataset")]
     assert found["tenfold"]["long_context"]["longbench_official"]["sets"] == {"hotpotqa": 100.0}
+
+
+def test_names_of_tasks_and_what_short_forms_mean(write_longbench: WriteLongBench, kit: SimpleNamespace) -> None:
+    names = long_context_task_names()
+    assert len([name for name in names if name.startswith("longbench_official_") and name.endswith("_e")]) == 13
+    assert {"longbench_official", "longbench_official_code", "longbench_v2", "needle", "ruler_local_vt"} < set(names)
+    # without files of the published layout or lengths, these are lm-eval's own
+    plan = plan_long_context(["longbench", "longbench_trec", "ruler", "needle", "mmlu_*"])
+    assert (list(plan.groups), plan.others) == (["needle"], ["longbench", "longbench_trec", "ruler", "mmlu_*"])
+    plan = plan_long_context(["ruler"], options=LongContextOptions(lengths=[1000]))
+    assert [leaf.name for leaf in plan.groups["ruler_local"]][-3:] == [
+        "ruler_local_vt",
+        "ruler_local_cwe",
+        "ruler_local_fwe",
+    ]
+    folder = write_longbench({name: [kit.row(name)] for name in ("lcc", "repobench-p", "trec")})
+    plan = plan_long_context(["longbench_code", "longbench_trec", "ruler_local_niah_*"], data_dirs=[folder])
+    assert [len(leaves) for leaves in plan.groups.values()] == [2, 1, *[1] * 8]
+    assert plan.others == []
