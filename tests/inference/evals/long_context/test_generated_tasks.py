@@ -297,6 +297,22 @@ def test_a_real_model_answers_and_resumes(
         assert [row["resps"] for row in rows] == [row["resps"] for row in second["samples"][name]]
 
 
+@pytest.mark.parametrize("cache", ["full", "specache"])
+def test_a_model_behind_a_cache_is_scored(
+    cache: str, make_llama: Any, tiny_tokenizer: Any, articles: list[dict[str, str]]
+) -> None:
+    from tenfold.inference.specache.lm import SpeCacheLM
+
+    lm = SpeCacheLM(make_llama(max_position_embeddings=700), tiny_tokenizer.tokenizer, cache=cache)
+    settings = LongContextOptions(lengths=[500], num_samples=1, depths=[0, 100], documents=articles)
+    found = evaluate_model(lm, tasks=["needle"], long_context=settings, bootstrap_iters=0)
+    assert found is not None
+    assert found["tenfold"]["long_context"]["needle"]["num_documents"] == 2
+    assert found["tenfold"]["max_length"] == 700
+    assert found["tenfold"]["model_digest"].startswith("sha256:")
+    assert all(isinstance(row["resps"][0][0], str) for row in found["samples"]["needle"])
+
+
 def test_the_window_bounds_the_lengths() -> None:
     assert LongContextOptions().lengths_for(8192) == [1024, 2048, 4096, 8192]
     assert LongContextOptions().lengths_for(700) == [700]
