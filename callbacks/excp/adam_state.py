@@ -57,8 +57,9 @@ class AdamStateEncoder:
 
     def encode(self) -> CodedAdamState:
         """The coded moments."""
-        finite = np.isfinite(self.momentum).all() and np.isfinite(self.variance).all()
-        if not finite or (self.variance < 0).any():
+        # NaN and infinities show in the extremes
+        extremes = [np.min(self.momentum), np.max(self.momentum), np.max(self.variance), np.min(self.variance)]
+        if not np.isfinite(extremes).all() or extremes[-1] < 0:
             state = CodedAdamState(self._exact(self.exp_avg), self._exact(self.exp_avg_sq))
             state.notes.append("moments exact: not finite, or a negative second moment")
             return state

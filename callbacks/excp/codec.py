@@ -118,6 +118,8 @@ class _Coded:
         if not keep:
             self.coded.decoded = torch.empty(0)
             self.coded.indices = None
+        # positions take eight bytes each
+        self.coded.kept = None
 
 
 def _map(function: Callable[[T], R], items: Iterable[T], workers: int) -> list[R]:

@@ -83,7 +83,9 @@ def joint_counts(symbols: Symbols, context: Symbols | None, alphabet: int, num_c
 
 def coded_bits(counts: NDArray[np.int64]) -> float:
     """What a stream with these counts per context takes: entropy, one byte per table entry, chunk heads."""
-    return sum(entropy_bits(row) for row in counts) + 8 * counts.size + 64 * len(counts)
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = np.maximum(counts, 1) / np.maximum(totals, 1)
+    return float(-(counts * np.log2(shares)).sum()) + 8 * counts.size + 64 * len(counts)
 
 
 def _segments(length: int, context: Symbols | None, num_contexts: int) -> Iterator[tuple[slice, Any, list[int]]]:

@@ -75,7 +75,9 @@ def encode_first_moment(
 
 def _places(weight: CodedTensor | None) -> NDArray[np.int64] | None:
     """Positions that the weight keeps; None for all."""
-    return None if weight is None or weight.indices is None else np.flatnonzero(weight.indices != 0)
+    if weight is None or weight.indices is None:
+        return None
+    return np.flatnonzero(weight.indices != 0) if weight.kept is None else weight.kept
 
 
 def _take(values: NDArray[T], places: NDArray[np.int64] | None) -> NDArray[T]:

@@ -132,6 +132,7 @@ def encode_indices(
     backend: Backend,
     classes: Indices | None = None,
     row: int = 0,
+    kept: NDArray[np.int64] | None = None,
 ) -> tuple[dict[str, bytes], str, float]:
     """Streams of indices, the contexts chosen, and the order-0 bound in bits.
 
@@ -141,6 +142,7 @@ def encode_indices(
         backend: see `ExCPOptions`; with others than `rans` there is one stream without contexts.
         classes: `level_classes` of something that the decoder knows, shape (n,).
         row: elements of a row, to try classes of rows; 0 not to.
+        kept: positions of the indices that are not zero, where the caller has them.
 
     Returns:
         the streams by name (those of `INDEX_STREAMS` that there are), the names of the contexts of mask and levels
@@ -150,7 +152,7 @@ def encode_indices(
         bound = entropy_bits(np.bincount(indices, minlength=alphabet).astype(np.int64))
         return {"indices": encode_symbols(indices, alphabet=alphabet, backend=backend)}, "none", bound
     mask = indices != 0
-    places = np.flatnonzero(mask)
+    places = np.flatnonzero(mask) if kept is None else kept
     levels = indices.take(places, mode="clip") - np.uint8(1)
     counts = np.bincount(levels, minlength=alphabet - 1).astype(np.int64)
     bound = entropy_bits(np.append(counts, len(indices) - len(places)))

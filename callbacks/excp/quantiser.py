@@ -67,15 +67,11 @@ def _bin_start(threshold: float) -> float:
 class _Cells:
     """Contiguous ranges of bins between `edges`; one of them may be zero's."""
 
-    def __init__(self, histogram: Histogram, middle: Float64, threshold: float | None) -> None:
-        weight = histogram.count.astype(np.float64)
+    def __init__(self, histogram: Histogram, threshold: float | None, *, logarithmic: bool) -> None:
+        middle = histogram.log_middle if logarithmic else histogram.middle
         self.middle = middle
-        self.mass = np.concatenate([[0.0], np.cumsum(weight)])
-        self.first = np.concatenate([[0.0], np.cumsum(weight * middle)])
-        self.second = np.concatenate([[0.0], np.cumsum(weight * middle**2)])
-        # density to the power 1/3: how close levels lie that minimise the error (Panter and Dite, 1951)
-        distance = np.gradient(middle) if len(middle) > 1 else np.ones(len(middle))
-        self.spread = np.concatenate([[0.0], np.cumsum(np.cbrt(weight * distance**2))])
+        sums = histogram.log_sums if logarithmic else histogram.sums
+        self.mass, self.first, self.second, self.spread = sums
         self.num_values = histogram.num_values
         self.num_zeros = float(histogram.num_values - self.mass[-1])
         self.pinned: tuple[int, int] | None = None
@@ -204,8 +200,8 @@ def choose_quantiser(
         logarithmic: minimise the error of the logarithm; all values must be positive or zero.
         iterations: most rounds of Lloyd's algorithm.
     """
-    middle = np.log2(histogram.middle) if logarithmic else histogram.middle
-    cells = _Cells(histogram, middle, threshold)
+    cells = _Cells(histogram, threshold, logarithmic=logarithmic)
+    middle = cells.middle
     priced = entropy_constrained and threshold is not None
     outside = 0 if cells.pinned is None else len(middle) - cells.pinned[1] + cells.pinned[0]
     evenly = priced and threshold is not None and outside > num_levels

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .histogram import SMALLEST, Float32, Histogram
@@ -35,6 +36,8 @@ class CodedTensor:
         meta: whatever else the decoder needs, plain data.
         decoded: what the decoder gives, bit for bit.
         indices: level of each element (first moment: of each element that the weight keeps).
+        classes: `level_classes` of the indices.
+        kept: positions of the indices that are not zero, where they are known.
         bound_bits: order-0 bound of the indices, all else counted as stored.
         squared_error: of decoded against given values.
         squared_step: of given values against those of the last save.
@@ -46,6 +49,7 @@ class CodedTensor:
     meta: dict[str, Any] = field(default_factory=dict)
     indices: Indices | None = None
     classes: Indices | None = None
+    kept: NDArray[np.int64] | None = None
     bound_bits: float = 0.0
     squared_error: float = 0.0
     squared_step: float = 0.0
@@ -149,12 +153,14 @@ def encode_weight(
             break
     else:
         return "error target out of reach"
+    kept = np.flatnonzero(indices != 0)
     streams, context, bound = encode_indices(
         indices,
         alphabet=len(codebook),
         backend=options.backend,
         classes=previous_classes if options.contexts else None,
         row=row_length(tuple(weight.shape)) if options.contexts else 0,
+        kept=kept,
     )
     streams["codebook"] = codebook.astype("<f4").tobytes()
     return CodedTensor(
@@ -164,6 +170,7 @@ def encode_weight(
         meta={"context": context},
         indices=indices,
         classes=level_classes(indices, codebook),
+        kept=kept,
         bound_bits=bound + side_bits(streams),
         squared_error=error,
         squared_step=squared_step,

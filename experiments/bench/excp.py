@@ -2,10 +2,10 @@
 
 Each run is trained once into `runs/bench/excp` (a broken-off one goes on), then every coder takes the same chain of
 saves. What a chain gave is kept beside the saves until the coder's source or settings change. A case without a suffix
-is the codec at its defaults. ` paper-settings` has the thresholds of the released code, ` equal-error` spends as many
-bits as it takes to be no farther from the true weights than the paper's pipeline is at that save; ` clamp` is where the
-paper's threshold is at its limit of 2.5 medians for every tensor, which is what its headline ratios need. Speeds count
-CPU seconds of one core.
+is the codec at its defaults. ` paper-settings` has the thresholds of the released code. ` equal-error` spends as many
+bits as it takes to be no farther from the true weights and first moments than the paper's pipeline is at that save.
+` clamp` is where the paper's threshold is at its limit of 2.5 medians for every tensor, which is what its headline
+ratios need. Speeds count CPU seconds of one core.
 """
 
 import hashlib
@@ -108,16 +108,22 @@ class Case:
         """One line of progress."""
         print(f"{self.name}: {line}", flush=True)
 
-    def ours(self, label: str, options: list[ExCPOptions]) -> list[SaveNumbers]:
-        """Our codec with the options of each save."""
+    def ours(
+        self, label: str, options: list[ExCPOptions], momentum_errors: list[float] | None = None
+    ) -> list[SaveNumbers]:
+        """Our codec with the options of each save; `momentum_errors` as `code_ours` takes them."""
 
         def work() -> list[SaveNumbers]:
             self.report(f"chain{label or ' at the defaults'}")
             return code_ours(
-                self.paths, options.__getitem__, scratch=self.folder / f"ours-{os.getpid()}.ckpt", report=self.report
+                self.paths,
+                options.__getitem__,
+                scratch=self.folder / f"ours-{os.getpid()}.ckpt",
+                momentum_errors=momentum_errors,
+                report=self.report,
             )
 
-        return measured(self.folder, f"ours{label.replace(' ', '-')}", CODEC_SOURCES, options, work)
+        return measured(self.folder, f"ours{label.replace(' ', '-')}", CODEC_SOURCES, (options, momentum_errors), work)
 
     def paper(self, regime: str) -> list[SaveNumbers]:
         """The paper's pipeline."""
@@ -292,7 +298,8 @@ def run(settings: Settings) -> Iterator[Row]:
         ours = case.ours("", case.every(ExCPOptions()))
         for regime in ALPHAS:
             paper = case.paper(regime)
-            equal = case.ours(f"{regime} equal-error", equal_error(paper))
+            momenta = [numbers.momentum_error for numbers in paper]
+            equal = case.ours(f"{regime} equal-error", equal_error(paper), momenta)
             yield from _against_paper(f"{name}{regime} equal-error", equal, paper)
             same = case.ours(f"{regime} paper-settings", case.every(paper_settings(regime)))
             yield from _against_paper(f"{name}{regime} paper-settings", same, paper)

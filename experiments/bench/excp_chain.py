@@ -6,7 +6,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class SaveNumbers:
         relative_error: norm of rebuilt minus true weights over that of the weights.
         momentum_error: norm of rebuilt minus true first moments over that of the first moments.
         encode_s: CPU seconds of all threads.
-        decode_s: the same; None where it was not measured.
+        decode_s: the same; None for a save that is not coded.
         peak_bytes: most memory while encoding above what was in use before; None where the system does not tell.
         update_ratio: largest first Adam update after a resume over that from the exact state, as the codec judges it.
     """
@@ -120,15 +121,66 @@ class Truth:
         }
 
 
+# shares of the first moment that are kept, tried in this order until its error is small enough
+MOMENTUM_SHARES = (0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.19, 0.25, 0.32, 0.4, 0.5, 0.6, 0.75)
+
+
+def likely_share(checkpoint: dict[str, Any], wanted: float) -> int:
+    """Place in `MOMENTUM_SHARES` of the smallest share that may give an error of `wanted`, from a sample."""
+    lost, total = np.zeros(len(MOMENTUM_SHARES)), 0.0
+    for parameter in parameters_of(checkpoint):
+        momentum, variance = flat(at(checkpoint, parameter.exp_avg)), flat(at(checkpoint, parameter.exp_avg_sq))
+        stride = max(1, len(momentum) // 65_536) | 1
+        momentum, variance = momentum[::stride], variance[::stride]
+        order = np.argsort(np.abs(momentum) / np.sqrt(variance + 1e-30))
+        below = np.cumsum(np.square(momentum[order], dtype=np.float64)) * stride
+        places = [min(len(order) - 1, int(len(order) * (1 - share))) for share in MOMENTUM_SHARES]
+        lost += below[places]
+        total += below[-1]
+    enough = np.flatnonzero(lost <= wanted**2 * total)
+    # one less than the estimate, which has the true second moment to go by
+    return max(0, int(enough[0]) - 1) if len(enough) else len(MOMENTUM_SHARES) - 1
+
+
+class _Trial:
+    """One save coded with some settings, and decoded again."""
+
+    def __init__(
+        self, checkpoint: dict[str, Any], base: Reference | None, options: ExCPOptions, weights: Any, truth: "Truth"
+    ) -> None:
+        with one_thread():
+            self.encoded, self.encode_s, self.peak_bytes = _peak_of(
+                partial(encode, checkpoint, base, options, previous_weights=weights)
+            )
+            start = time.process_time()
+            rebuilt, _ = decode(self.encoded, base)
+            self.decode_s = time.process_time() - start
+        self.momentum_error = sum(
+            _squared(flat(at(rebuilt, p.exp_avg)) - flat(at(checkpoint, p.exp_avg))) for p in truth.parameters
+        )
+        self.weight_error = sum(
+            _squared(flat(at(rebuilt, p.weight)) - flat(at(checkpoint, p.weight))) for p in truth.parameters
+        )
+
+
 def code_ours(
     paths: Sequence[Path],
     options_of: Callable[[int], ExCPOptions],
     *,
     scratch: Path,
-    time_decode: bool = True,
+    momentum_errors: Sequence[float] | None = None,
     report: Callable[[str], None] = print,
 ) -> list[SaveNumbers]:
-    """The chain through our codec, a key frame first; each save is decoded and compared with what was promised."""
+    """The chain through our codec, a key frame first; each save is decoded.
+
+    Args:
+        paths: saves of the run.
+        options_of: settings of each.
+        scratch: a file that may be written.
+        momentum_errors: largest error of the first moments of each save, over their norm; as many of them are kept as
+            that takes, with a mask of their own.
+        report: told about each save.
+    """
     reference: Reference | None = None
     previous: dict[str, Any] | None = None
     identity = None
@@ -138,61 +190,43 @@ def code_ours(
         truth = Truth(checkpoint, previous)
         weights = None if previous is None else previous["state_dict"]
         options = options_of(position)
-        base = reference
-
-        def code(checkpoint: Any = checkpoint, base: Any = base, options: Any = options, weights: Any = weights) -> Any:
-            return encode(checkpoint, base, options, previous_weights=weights)
-
-        with one_thread():
-            encoded, encode_s, peak = _peak_of(code)
-            reference = encoded.reference
-            identity = write_save(encoded, scratch, identity)
-            coded_bytes = scratch.stat().st_size
-            decode_s = None
-            rebuilt = None
-            if time_decode or position == len(paths) - 1:
-                start = time.process_time()
-                rebuilt, _ = decode(encoded, base)
-                decode_s = time.process_time() - start
-        report_of = encoded.report
-        total = report_of.total
-        weight_error = sum(
-            _squared(flat(reference.weights[parameter.name]) - flat(at(checkpoint, parameter.weight)))
-            for parameter in truth.parameters
-            # tensors too small to gain are not in the reference: they are exact
-            if parameter.name in reference.weights
-        )
-        momentum_error = float("nan")
-        if rebuilt is not None:
-            momentum_error = sum(
-                _squared(flat(at(rebuilt, p.exp_avg)) - flat(at(checkpoint, p.exp_avg))) for p in truth.parameters
-            )
-        updates = [part.update_ratio for part in report_of.parameters if part.exact_update_max > 0]
+        if momentum_errors is None or position == 0:
+            trial = _Trial(checkpoint, reference, options, weights, truth)
+        else:
+            for number in range(likely_share(checkpoint, momentum_errors[position]), len(MOMENTUM_SHARES)):
+                options = replace(options, momentum_sparsity=1 - MOMENTUM_SHARES[number], momentum_mask="own")
+                trial = _Trial(checkpoint, reference, options, weights, truth)
+                if trial.momentum_error <= momentum_errors[position] ** 2 * truth.momentum:
+                    break
+        reference = trial.encoded.reference
+        identity = write_save(trial.encoded, scratch, identity)
+        coded_bytes = scratch.stat().st_size
+        save = trial.encoded.report
+        updates = [part.update_ratio for part in save.parameters if part.exact_update_max > 0]
         numbers.append(
             SaveNumbers(
                 raw_bytes=raw_bytes(checkpoint),
                 coded_bytes=coded_bytes,
-                bound_bytes=total.bound_bytes + coded_bytes - total.coded_bytes,
-                encode_s=encode_s,
-                decode_s=decode_s if time_decode else None,
-                peak_bytes=peak,
+                bound_bytes=save.total.bound_bytes + coded_bytes - save.total.coded_bytes,
+                encode_s=trial.encode_s,
+                decode_s=trial.decode_s,
+                peak_bytes=trial.peak_bytes,
                 update_ratio=max(updates, default=0.0),
-                **truth.errors(weight_error, momentum_error),
+                **truth.errors(trial.weight_error, trial.momentum_error),
             )
         )
-        del rebuilt, encoded
+        del trial
         previous = checkpoint
         report(_line(position, len(paths), numbers[-1]))
     scratch.unlink(missing_ok=True)
     return numbers
 
 
-def code_paper(
-    paths: Sequence[Path], *, alpha: float, time_decode: bool = True, report: Callable[[str], None] = print
-) -> list[SaveNumbers]:
+def code_paper(paths: Sequence[Path], *, alpha: float, report: Callable[[str], None] = print) -> list[SaveNumbers]:
     """The chain through the paper's pipeline, its first save uncompressed."""
     previous = load(paths[0])
     size = raw_bytes(previous)
+    archive_every = 4 if size > 1 << 30 else 1
     reference = {p.name: flat(at(previous, p.weight)) for p in parameters_of(previous)}
     numbers = [
         SaveNumbers(
@@ -206,16 +240,17 @@ def code_paper(
         with one_thread():
             base = reference
             save, encode_s, peak = _peak_of(
-                lambda checkpoint=checkpoint, base=base: excp_paper.encode(checkpoint, base, alpha=alpha)
+                partial(excp_paper.encode, checkpoint, base, alpha=alpha, archive_every=archive_every)
             )
-            decode_s = None
-            if time_decode:
-                start = time.process_time()
-                values = excp_paper.decode(save, checkpoint, base)
-                decode_s = time.process_time() - start
-                if any(not np.array_equal(values[name][0], save.weights[name]) for name in values):
-                    raise RuntimeError("the paper's pipeline did not decode what it encoded")
-                del values
+            encode_s += save.archive_s * (1 / save.archive_share - 1)
+            start = time.process_time()
+            values = excp_paper.decode(save, checkpoint, base)
+            decode_s = time.process_time() - start
+            decoded = sum(len(value[0]) for value in values.values())
+            decode_s *= sum(map(len, save.weights.values())) / decoded
+        if any(not np.array_equal(values[name][0], save.weights[name]) for name in values):
+            raise RuntimeError("the paper's pipeline did not decode what it encoded")
+        del values
         numbers.append(
             SaveNumbers(
                 raw_bytes=raw_bytes(checkpoint),
@@ -283,7 +318,7 @@ def measured(
         if stored["sources"] == digest:
             return [SaveNumbers(**numbers) for numbers in stored["saves"]]
     numbers = work()
-    partial = record.with_suffix(".partial")
-    partial.write_text(json.dumps({"sources": digest, "saves": [asdict(n) for n in numbers]}), encoding="utf-8")
-    os.replace(partial, record)
+    unfinished = record.with_suffix(".partial")
+    unfinished.write_text(json.dumps({"sources": digest, "saves": [asdict(n) for n in numbers]}), encoding="utf-8")
+    os.replace(unfinished, record)
     return numbers
