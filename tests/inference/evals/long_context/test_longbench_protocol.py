@@ -1,5 +1,6 @@
 """LongBench v1 over files of the published layout: the whole flow, the cut, the exceptions, and bad input."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from tenfold.inference.evals import evaluate_model
 from tenfold.inference.evals.long_context.catalogue import long_context_task_names, plan_long_context
+from tenfold.inference.evals.long_context.longbench_files import lm_eval_templates
 from tenfold.inference.evals.long_context.longbench_sets import SETS, sets_of_e
 from tenfold.inference.evals.long_context.options import LongContextOptions
 from tenfold.inference.evals.long_context.prompts import PromptFitter, cut_middle, default_prompt_tokens
@@ -235,6 +237,13 @@ def test_templates_come_from_lm_eval_where_the_folder_has_none(
     for request in lm.seen:
         assert "{" not in request.args[0]
         assert request.doc["context"] in request.args[0]
+
+
+def test_templates_of_lm_eval_are_the_official_ones_to_the_letter() -> None:
+    # digests only: the templates themselves are no part of this repository
+    golden = json.loads(Path(__file__).with_name("template_digests.json").read_text(encoding="utf-8"))["sha256"]
+    prompts = lm_eval_templates().prompts
+    assert {name: hashlib.sha256(text.encode()).hexdigest() for name, text in prompts.items()} == golden
 
 
 BAD_LINES = {
