@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -47,9 +48,9 @@ def recall_prompts(
     _check(num_keys, value_length, vocab_size)
     if asked is not None and not 0 <= asked < num_keys:
         raise ValueError(f"asked is {asked}; there are chains 0 to {num_keys - 1}")
-    generator = torch.Generator().manual_seed(seed)
-    chains = torch.stack([_chains(num_keys, value_length, vocab_size, generator) for _ in range(num_prompts)])
-    chosen = torch.randint(num_keys, (num_prompts,), generator=generator)
+    draw = np.random.default_rng(seed)
+    chains = torch.stack([_chains(num_keys, value_length, vocab_size, draw) for _ in range(num_prompts)])
+    chosen = torch.from_numpy(draw.integers(num_keys, size=num_prompts))
     if asked is not None:
         chosen = torch.full((num_prompts,), asked)
     found = chains[torch.arange(num_prompts), chosen]
@@ -114,11 +115,13 @@ class KeyValueRecallDataModule(LightningDataModule):
 
     def sequence(self, split: str, index: int) -> dict[str, Tensor]:
         """One sequence: `input_ids` and `labels`, each (T,)."""
-        generator = torch.Generator().manual_seed((self.seed * len(_SPLITS) + _SPLITS.index(split)) * 2**32 + index)
-        num_keys = int(torch.randint(self.min_keys, self.max_keys + 1, (), generator=generator))
-        chains = _chains(num_keys, self.value_length, self.vocab_size, generator)
+        # torch's generators take 32 bits of a seed only
+        draw = np.random.default_rng([self.seed, _SPLITS.index(split), index])
+        # as often from 2 to 4 as from 4 to 8: what is learned on few keys is soon needed for many
+        num_keys = int(self.min_keys * ((self.max_keys + 1) / self.min_keys) ** draw.random())
+        chains = _chains(num_keys, self.value_length, self.vocab_size, draw)
         num_questions = -(-(self.sequence_length - 1 - chains.numel()) // (2 + self.value_length))
-        asked = chains[torch.randint(num_keys, (num_questions,), generator=generator)]
+        asked = chains[torch.from_numpy(draw.integers(num_keys, size=num_questions))]
         questions = torch.cat([torch.full((num_questions, 1), ASK), asked], dim=1)
         answers = questions.clone()
         answers[:, :2] = IGNORED
@@ -192,7 +195,7 @@ def _check(num_keys: int, value_length: int, vocab_size: int) -> None:
         )
 
 
-def _chains(num_keys: int, value_length: int, vocab_size: int, generator: torch.Generator) -> Tensor:
+def _chains(num_keys: int, value_length: int, vocab_size: int, draw: np.random.Generator) -> Tensor:
     """(num_keys, 1 + value_length) different symbols."""
-    symbols = torch.randperm(vocab_size - FIRST_SYMBOL, generator=generator)[: num_keys * (1 + value_length)]
-    return symbols.view(num_keys, 1 + value_length) + FIRST_SYMBOL
+    symbols = draw.permutation(vocab_size - FIRST_SYMBOL)[: num_keys * (1 + value_length)]
+    return torch.from_numpy(symbols).view(num_keys, 1 + value_length) + FIRST_SYMBOL

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ..cache_arguments import add_cache_arguments, cache_request
 from .long_context_arguments import add_long_context_arguments, long_context_options
 
 _WIKIPEDIA_TASKS = ("wikipedia_bits_per_byte", "wikipedia_title_cloze")
@@ -69,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     add_long_context_arguments(parser)
+    add_cache_arguments(parser).add_argument(
+        "--cache-likelihood",
+        choices=("refuse", "decode"),
+        help="log-likelihood tasks, which a forward pass scores without reading any cache: refuse them (default), or "
+        "decode token by token",
+    )
 
     where = parser.add_argument_group("where results go")
     where.add_argument("--output", type=Path, metavar="DIR", help="default: runs/evaluate/MODEL-TIME")
@@ -171,6 +178,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             model_label=label,
             confirm_run_unsafe_code=arguments.confirm_run_unsafe_code,
             long_context=long_context_options(arguments, tasks),
+            **_cache_options(arguments),
         )
     if results is not None and main_process:
         print_scores(results)
@@ -178,7 +186,26 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             print(
                 f"{truncated} prompts were longer than {results['tenfold']['max_length']} tokens and lost their start"
             )
+        if (facts := results["tenfold"].get("cache")) and "device_bytes" in facts:
+            from ...inference.specache import facts_line
+
+            print(f"cache {facts['name']}: {facts_line(facts)}")
         print(f"results: {output}")
+
+
+def _cache_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `--cache` asks for, as `evaluate_model` takes it."""
+    request = cache_request(arguments)
+    if request is None:
+        if arguments.cache_likelihood is not None:
+            raise ValueError("--cache-likelihood has no effect without --cache; add --cache specache")
+        return {}
+    from functools import partial
+
+    from ...inference.specache import SpeCacheLM
+
+    likelihood = arguments.cache_likelihood or "refuse"
+    return {"lm_class": partial(SpeCacheLM, cache=request.name, cache_options=request.options, likelihood=likelihood)}
 
 
 def _paths(path: Path | None) -> list[Path]:

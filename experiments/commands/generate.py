@@ -2,6 +2,10 @@
 
 import argparse
 import sys
+from collections.abc import Callable
+from typing import Any
+
+from ..cache_arguments import CacheRequest, add_cache_arguments, cache_request
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
         help="where MoLE's table is read from: memory, page-locked memory, a memory map (the default), or the device "
         "past the file cache",
     )
+    add_cache_arguments(parser)
     return parser
 
 
@@ -44,6 +49,7 @@ def main(argv: list[str]) -> int:
 
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens} is below 1")
+    request = cache_request(args)
     device = pick_device(args.device)
     source = load_source(args.model, dtype=args.dtype, device=device)
     model, tokenizer = source.model, source_tokenizer(source, args.tokenizer)
@@ -73,6 +79,7 @@ def main(argv: list[str]) -> int:
             f"positions; shorten one of them"
         )
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+    cached, cache = _caching(request, model)
     torch.manual_seed(args.seed)
     start = time.perf_counter()
     out = model.generate(
@@ -80,7 +87,7 @@ def main(argv: list[str]) -> int:
         attention_mask=torch.ones_like(ids, device=device),
         max_new_tokens=args.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **cached(TextStreamer(tokenizer, skip_special_tokens=True)),
         **(sampling if args.temperature > 0 else {"do_sample": False}),
     )
     seconds = time.perf_counter() - start
@@ -89,4 +96,29 @@ def main(argv: list[str]) -> int:
     if table is not None:
         cost += f", {table.bytes_read:,} bytes read from the table ({table.row_bytes:,} per token), {table.storage}"
     print(cost, file=sys.stderr)
+    if request is not None:
+        from ...inference.specache import add_facts, cache_facts, facts_line
+
+        facts = cache_facts(cache, model.config, model.dtype, device=model.device.type)
+        print(f"cache {request.name}: {facts_line(add_facts([facts]))}", file=sys.stderr)
     return 0
+
+
+def _caching(request: CacheRequest | None, model: Any) -> tuple[Callable[[Any], dict[str, Any]], Any]:
+    """What `generate` is given for a streamer and a cache, and the cache."""
+    if request is None:
+        return lambda streamer: {"streamer": streamer}, None
+    from functools import partial
+
+    from ...inference.specache import build_cache
+
+    cache, arguments = build_cache(request.name, model.config, **request.options)
+    if "custom_generate" not in arguments:
+        return lambda streamer: {"streamer": streamer, **arguments}, cache
+    loop = arguments["custom_generate"]
+    # `generate` does not hand its streamer on to a decoding loop
+    return lambda streamer: {
+        **arguments,
+        "streamer": streamer,
+        "custom_generate": partial(loop, streamer=streamer),
+    }, cache

@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "cache": ["SpeCache"],
         "decoding_cache": ["DecodingCache"],
         "eviction": ["HeavyHitterCache", "WindowCache"],
+        "facts": ["add_facts", "cache_facts", "facts_line", "tensor_bytes"],
         "generation": ["decode_logits", "generate_with_specache", "specache_generate"],
         "lm": ["SpeCacheLM"],
         "options": ["SpeCacheOptions"],

@@ -7,6 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from ..evals.model_lm import NOT_FINITE, TransformersLM
+from .decoding_cache import DecodingCache
+from .facts import add_facts, cache_facts
 from .generation import decode_logits
 from .registry import build_cache
 
@@ -52,7 +54,7 @@ class SpeCacheLM(TransformersLM):
         # tells of wrong options before the model has worked for an hour
         build_cache(cache, model.config, **self.cache_options)
         super().__init__(model, tokenizer, **options)
-        self.bytes_to_device = self.steps = 0
+        self._facts: list[dict[str, Any]] = []
 
     def get_model_info(self) -> dict[str, Any]:
         """Size and dtype of the model, and the cache."""
@@ -62,6 +64,21 @@ class SpeCacheLM(TransformersLM):
             "cache_options": {name: str(value) for name, value in self.cache_options.items()},
             "likelihood": self.likelihood,
         }
+
+    def run_facts(self) -> dict[str, Any]:
+        """The cache, its options, and what it did so far."""
+        options = {name: value for name, value in self.cache_options.items() if value is not None}
+        return {
+            "cache": {"name": self.cache_name, "options": options, "likelihood": self.likelihood}
+            | add_facts(self._facts)
+        }
+
+    @staticmethod
+    def merge_facts(parts: list[dict[str, Any]]) -> dict[str, Any]:
+        """Facts of all processes as one."""
+        named = {name: parts[0]["cache"][name] for name in ("name", "options", "likelihood")}
+        counted = [{name: value for name, value in part["cache"].items() if name not in named} for part in parts]
+        return {"cache": named | add_facts(counted)}
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
         cache, arguments = build_cache(self.cache_name, self.model.config, **self.cache_options)
@@ -113,8 +130,8 @@ class SpeCacheLM(TransformersLM):
         return total, greedy
 
     def _account(self, cache: Any) -> None:
-        statistics = getattr(cache, "statistics", None)
-        if statistics is not None:
-            self.bytes_to_device += statistics.bytes_to_device
-            self.steps += statistics.steps
+        facts = cache_facts(cache, self.model.config, self.model.dtype, device=self.device.type)
+        # one sum, not one entry per batch
+        self._facts = [add_facts([*self._facts, facts])]
+        if isinstance(cache, DecodingCache):
             cache.close()

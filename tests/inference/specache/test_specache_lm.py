@@ -52,8 +52,12 @@ def test_generations_with_full_budget_are_the_plain_models_batch_by_batch(model,
     options = {"top_k": 256, **SMALL}
     ours = SpeCacheLM(model, tiny_tokenizer.tokenizer, cache=cache, cache_options=options, batch_size=2, progress="off")
     assert ours.generate_until(requests) == plain.generate_until(requests)
-    assert ours.steps > 0
-    assert ours.bytes_to_device > 0
+    facts = ours.run_facts()["cache"]
+    assert (facts["name"], facts["likelihood"]) == (cache, "refuse")
+    assert facts["steps"] > 0
+    assert facts["bytes_to_device"] > 0
+    assert facts["batches"] == 2
+    assert facts["device_bytes"] > 0 < facts["host_bytes"] == facts["full_cache_bytes"]
     assert ours.get_model_info()["cache"] == cache
 
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 def test_every_option_of_the_method_is_offered_with_its_default() -> None:
     offered = {option.name: option for option in CACHES["specache"].options}
     defaults = vars(SpeCacheOptions())
-    assert set(offered) == set(defaults) - {"mode"}
+    assert set(offered) == set(defaults)
     assert {name: option.default for name, option in offered.items()} == {n: defaults[n] for n in offered}
     assert offered["bits"].type is int
     assert offered["measure"].type is bool
