@@ -278,6 +278,16 @@ def test_two_processes_with_one_chain_do_not_share_it(tmp_path: Path, make_check
     other.teardown()
 
 
+def test_saves_that_must_be_exact_are_key_frames(tmp_path: Path, make_checkpoint: Any, move: Any) -> None:
+    state = make_checkpoint({"w": torch.randn(40, 50)})
+    # three levels cannot be that near
+    io = ExCPCheckpointIO(ExCPOptions(min_numel=256, weight_bits=2, error_target=1e-6), asynchronous=False)
+    io.save_checkpoint(state, tmp_path / "0.ckpt")
+    io.save_checkpoint(move(state, seed=1), tmp_path / "1.ckpt")
+    io.teardown()
+    assert [read_identity(tmp_path / f"{number}.ckpt").base_id for number in (0, 1)] == [None, None]
+
+
 def test_a_chain_goes_on_when_all_its_names_are_gone(tmp_path: Path, make_checkpoint: Any, move: Any) -> None:
     state = make_checkpoint({"w": torch.randn(40, 50)})
     io = ExCPCheckpointIO(ExCPOptions(min_numel=256), asynchronous=False)
