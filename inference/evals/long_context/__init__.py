@@ -2,4 +2,14 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submodules=["metrics"])
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=["metrics"],
+    submod_attrs={
+        "catalogue": ["LongContextPlan", "long_context_task_names", "plan_long_context"],
+        "options": ["LongContextOptions"],
+        "prompts": ["PromptFitter"],
+        "report_sections": ["add_long_context", "needle_figure"],
+        "summary": ["summarise"],
+    },
+)
