@@ -52,6 +52,7 @@ class Bench(NamedTuple):
 BENCHES: dict[str, Bench] = {
     "mole": Bench("mole", "decoding from MoLE's table against dense and MoE, de-duplicated training, table building"),
     "excp": Bench("excp", "checkpoints of real training runs: ratio and error, speed, blocked time, memory"),
+    "excp-downstream": Bench("excp_downstream", "scores of a fine-tuned model before and after its saves were coded"),
     "excp-resume": Bench("excp_resume", "training resumed three times from coded saves: loss and first update"),
     "specache": Bench("specache", "decoding with SpeCache: device bytes, tokens per second, exposed waits"),
     "weighted-gather": Bench("weighted_gather", "weighted sums of table rows, forward and backward"),

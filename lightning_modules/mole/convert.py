@@ -19,6 +19,7 @@ from ...kernels.quantised_rows import Quantisation, RowLayout
 from ...kernels.tensor_file import TensorFileWriter
 from ...kernels.tensor_file.tensor_file import ALIGNMENT_BYTES
 from ..decoder.modeling import DecoderForCausalLM
+from .adapter import ATTRIBUTE, TableSource, adapter_source
 from .lookup import MoLELookupConfig, MoLELookupForCausalLM, tensor_digest
 from .modeling import MoLEFeedForward
 from .table import MAGIC, TABLE_FILE, VERSION, LookupTable, row_checksums, table_metadata
@@ -91,6 +92,26 @@ def check_lookup_ready(model: Any) -> list[MoLEFeedForward]:
     return layers
 
 
+def table_source(model: Any) -> TableSource:
+    """The source of a model's table: its MoLE layers, or the lookup experts that were added to it.
+
+    Raises:
+        ValueError: see `check_lookup_ready`.
+    """
+    if hasattr(model, ATTRIBUTE):
+        return adapter_source(model)
+    layers, config = check_lookup_ready(model), model.config
+    embedding = model.get_input_embeddings().weight
+    digested = {"model.embed_tokens.weight": embedding} | {
+        f"model.layers.{index}.feed_forward.lookup.{name}": tensor
+        for index, layer in enumerate(layers)
+        for name, tensor in layer.lookup.named_parameters()
+    }
+    num_experts, width, d = layers[0].lookup.experts.up.shape
+    settings = {"expert_intermediate_size": width, "hidden_act": config.hidden_act, "norm_eps": config.norm_eps}
+    return TableSource([layer.lookup for layer in layers], embedding, (num_experts, width, d), digested, settings)
+
+
 def plan_table(
     model: Any,
     dtype: TableDtype,
@@ -104,10 +125,11 @@ def plan_table(
     Raises:
         ValueError: the limit does not hold the work for a single id, or the sizes cannot be quantised.
     """
-    layers, config = check_lookup_ready(model), model.config
-    num_experts, width, d = layers[0].lookup.experts.up.shape
-    layout = RowLayout.of((len(layers), num_experts, d), quantisation, dtype=dtype, scale_dtype=scale_dtype)
-    compute = max(4, model.get_input_embeddings().weight.itemsize)
+    source = table_source(model)
+    num_experts, width, d = source.sizes
+    layout = RowLayout.of((len(source.lookups), num_experts, d), quantisation, dtype=dtype, scale_dtype=scale_dtype)
+    stored = next(source.lookups[0].parameters()).itemsize
+    compute = max(4, stored)
     stride = layout.record_bytes
     if quantisation == "none":
         stride += -stride % ALIGNMENT_BYTES
@@ -118,15 +140,15 @@ def plan_table(
         # after the activations: one layer's output, scaled, as codes, as bits, and read back for the error
         working = max(working, (compute + QUANTISING_BYTES) * num_experts * d)
     per_id = stride + 4 * compute * d + working
-    stored = model.get_input_embeddings().weight.itemsize
     fixed = (compute if stored == compute else compute + stored) * 2 * num_experts * width * d
     if memory_limit_bytes < fixed + per_id:
         raise ValueError(
             f"the memory limit of {memory_limit_bytes} bytes is below the {fixed + per_id} that one layer's experts "
             f"and a single id need; raise it"
         )
-    chunk_ids = min(config.vocab_size, (memory_limit_bytes - fixed) // per_id)
-    return TablePlan(chunk_ids, fixed + chunk_ids * per_id, config.vocab_size * stride, layout)
+    num_rows = len(source.inputs)
+    chunk_ids = min(num_rows, (memory_limit_bytes - fixed) // per_id)
+    return TablePlan(chunk_ids, fixed + chunk_ids * per_id, num_rows * stride, layout)
 
 
 @torch.no_grad()
@@ -138,17 +160,19 @@ def table_chunks(model: Any, plan: TablePlan, *, error: TableError | None = None
     Raises:
         ValueError: a value is not finite or outside the range of the table's type; the message says where.
     """
-    layers, embedding, layout = check_lookup_ready(model), model.get_input_embeddings().weight, plan.layout
-    compute = embedding.dtype if embedding.dtype in (torch.float32, torch.float64) else torch.float32
+    source, layout = table_source(model), plan.layout
+    inputs, stored = source.inputs, next(source.lookups[0].parameters()).dtype
+    compute = stored if stored in (torch.float32, torch.float64) else torch.float32
     plain = layout.quantisation == "none"
     target = getattr(torch, layout.dtype if plain else "float32")
     limit = torch.finfo(target).max
     size = layout.layer_bytes
-    rows = torch.zeros(plan.chunk_ids, plan.file_bytes // len(embedding), dtype=torch.uint8)
-    for start in range(0, len(embedding), plan.chunk_ids):
-        ids = embedding[start : start + plan.chunk_ids].to(compute)
-        for index, layer in enumerate(layers):
-            lookup = layer.lookup if embedding.dtype == compute else copy.deepcopy(layer.lookup).to(compute)
+    rows = torch.zeros(plan.chunk_ids, plan.file_bytes // len(inputs), dtype=torch.uint8)
+    for start in range(0, len(inputs), plan.chunk_ids):
+        ids = inputs[start : start + plan.chunk_ids]
+        ids = ids.to(compute) if ids.is_floating_point() else ids
+        for index, module in enumerate(source.lookups):
+            lookup = module if stored == compute else copy.deepcopy(module).to(compute)
             values = lookup(ids)  # (ids, N, d)
             bad = ~(values.abs() <= limit)  # also true for nan
             if bad.any():
@@ -198,29 +222,20 @@ def write_table(
         ValueError: see `check_lookup_ready`, `plan_table` and `table_chunks`.
         OSError: the disk has less room than the table needs.
     """
-    layers, config = check_lookup_ready(model), model.config
+    source = table_source(model)
     plan = plan_table(model, dtype, memory_limit_bytes, quantisation=quantisation, scale_dtype=scale_dtype)
-    layout = plan.layout
-    table_inputs = {"model.embed_tokens.weight": model.get_input_embeddings().weight} | {
-        f"model.layers.{index}.feed_forward.lookup.{name}": tensor
-        for index, layer in enumerate(layers)
-        for name, tensor in layer.lookup.named_parameters()
-    }
-    metadata = table_metadata(config.vocab_size, layout, layout.dtype) | {
-        "expert_intermediate_size": layers[0].lookup.experts.up.shape[1],
-        "hidden_act": config.hidden_act,
-        "norm_eps": config.norm_eps,
-        "digests": {name: tensor_digest(tensor) for name, tensor in table_inputs.items()},
-    }
-    stride = plan.file_bytes // config.vocab_size
+    layout, num_rows = plan.layout, len(source.inputs)
+    digests = {name: tensor_digest(tensor) for name, tensor in source.digested.items()}
+    metadata = table_metadata(num_rows, layout, layout.dtype) | source.settings | {"digests": digests}
+    stride = plan.file_bytes // num_rows
     element = getattr(torch, layout.dtype)
     writer = TensorFileWriter(
         path,
         magic=MAGIC,
         version=VERSION,
         parts={
-            "rows": (layout.dtype, (config.vocab_size, stride // element.itemsize)),
-            "layer_crc32": ("uint32", (config.vocab_size, layout.num_layers)),
+            "rows": (layout.dtype, (num_rows, stride // element.itemsize)),
+            "layer_crc32": ("uint32", (num_rows, layout.num_layers)),
         },
         metadata=metadata,
     )
