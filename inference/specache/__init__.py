@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "generation": ["decode_logits", "generate_with_specache", "specache_generate"],
         "lm": ["SpeCacheLM"],
         "options": ["SpeCacheOptions"],
+        "recorded": ["RecordedPrompt", "decode_recorded", "record_prompt"],
         "registry": ["CACHES", "CacheChoice", "CacheOption", "build_cache"],
         "session": ["SpeCacheSession"],
         "statistics": ["SpeCacheStatistics"],

@@ -164,16 +164,22 @@ class EvictingLayer(CacheLayerMixin):
         if self.cache.observes_prefill:
             self._prompt = keys, values
         else:
-            self._hold(keys, values, plan, None)
+            self._hold(keys, values, plan.padding, None)
         return keys, values
 
     def observe(self, query: torch.Tensor, key: torch.Tensor, plan: Plan, *, scaling: float | None) -> None:
         """Sum the prompt's attention weights per token, then keep the heavy hitters."""
+        self.hold_prompt(attention_received(query, key, plan.padding, scaling=scaling), plan.padding)
+
+    def hold_prompt(self, received: torch.Tensor, padding: tuple[int, ...]) -> None:
+        """Keep the heavy hitters of the prompt, given the attention (B, N, T) that its tokens got."""
         assert self._prompt is not None, "update comes before observe"
         (keys, values), self._prompt = self._prompt, None
-        self._hold(keys, values, plan, attention_received(query, key, plan.padding, scaling=scaling))
+        self._hold(keys, values, padding, received)
 
-    def _hold(self, keys: torch.Tensor, values: torch.Tensor, plan: Plan, received: torch.Tensor | None) -> None:
+    def _hold(
+        self, keys: torch.Tensor, values: torch.Tensor, padding: tuple[int, ...], received: torch.Tensor | None
+    ) -> None:
         """Keep `budget` tokens of every sequence: the last, and the first or those with the most attention."""
         batch, num_heads, columns, head_dim = keys.shape
         width, num_kept = self._sizes()
@@ -181,9 +187,10 @@ class EvictingLayer(CacheLayerMixin):
         self.keys, self.values = keys.new_zeros(*shape, head_dim), values.new_zeros(*shape, head_dim)
         if received is not None:
             self.scores = torch.zeros(shape, dtype=received.dtype, device=keys.device)
-        for sequence, pad in enumerate(plan.padding):
+        for sequence, pad in enumerate(padding):
             length = columns - pad
-            slots = self._held_slots(length, width, num_kept, None if received is None else received[sequence, :, pad:])
+            own = None if received is None else received[sequence, :, pad:]
+            slots = self._held_slots(length, width, num_kept, own)
             slots = slots.to(keys.device).expand(num_heads, -1) + pad
             places = slots.shape[1]
             index = slots.unsqueeze(2).expand(-1, -1, head_dim)

@@ -142,6 +142,23 @@ class SpeCacheSession:
         self.speculative = self.guessed = None
         return outputs.logits[:, -1]
 
+    def adopt(self, attention_mask: torch.Tensor) -> None:
+        """Go on from a cache that was filled without this session, instead of `prefill`.
+
+        Args:
+            attention_mask: (B, columns) of what the cache holds.
+        """
+        positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
+        kwargs = {
+            "past_key_values": self.cache,
+            "use_cache": True,
+            "attention_mask": attention_mask,
+            "position_ids": positions,
+            "logits_to_keep": 1,
+        }
+        self.model_kwargs = self.model._update_model_kwargs_for_generation({}, kwargs)
+        self.speculative = self.guessed = None
+
     @contextmanager
     def decoding(self) -> Iterator[None]:
         """Within it the model attends through the cache."""
