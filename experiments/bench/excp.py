@@ -12,8 +12,7 @@ import hashlib
 import json
 import math
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from ...callbacks.excp import ExCPOptions
+from ...callbacks.excp.staging import HostStage
 from ..excp.training import RunSettings, make_saves
 from . import excp_lossless
 from .excp_chain import (
@@ -35,7 +35,8 @@ from .excp_chain import (
     measured,
 )
 from .registry import Settings
-from .rows import Row, missing_peer, ratio
+from .rows import Row, compare, missing_peer, ratio
+from .timing import measure
 
 GROUP = 60
 CASES: dict[str, RunSettings] = {
@@ -257,38 +258,28 @@ def _lossless_rows(case: Case, ours: list[SaveNumbers]) -> Iterator[Row]:
 
 
 def _blocked_rows(case: Case, settings: Settings) -> Iterator[Row]:
-    """What an asynchronous save holds training up for: the copy of the state; against torch.save to the disk."""
+    """What the plugin holds training up for, the copy of the state, against writing a plain checkpoint."""
     checkpoint = load(case.paths[-1])
     file = case.folder / f"blocked-{os.getpid()}.pt"
-    staging = stage(checkpoint, None)
-    times: dict[str, list[float]] = {"ours": [], "torch_save": []}
-    for _ in range(3 if settings.quick else 5):
-        start = time.perf_counter()
-        staging = stage(checkpoint, staging)
-        middle = time.perf_counter()
+    stage = HostStage()
+
+    def save(*, flushed: bool) -> None:
         with file.open("wb") as out:
             torch.save(checkpoint, out)
-            out.flush()
-            os.fsync(out.fileno())
-        times["ours"].append(1e3 * (middle - start))
-        times["torch_save"].append(1e3 * (time.perf_counter() - middle))
+            if flushed:
+                out.flush()
+                os.fsync(out.fileno())
+
+    calls: dict[str, Callable[[], Any]] = {
+        "ours": lambda: stage.stage(checkpoint),
+        "torch_save": lambda: save(flushed=False),
+        "torch_save_fsync": lambda: save(flushed=True),
+    }
+    repeats = 3 if settings.quick else 5
+    timings = measure(calls, repeats=repeats, warmup=2, min_sample_ms=0.0)
     file.unlink()
-    ours, theirs = median(times["ours"]), median(times["torch_save"])
-    yield Row(
-        case.name, "blocked_ms", ours, "ms", peer="torch_save", peer_value=theirs, ratio=ratio(ours, theirs),
-        repeats=len(times["ours"]), spread=max(times["ours"]) - min(times["ours"]),
-    )  # fmt: skip
-
-
-def stage(checkpoint: Any, staging: Any) -> Any:
-    """A copy of the tensors in memory that is used again for the next save."""
-    from ...callbacks.excp.tree import tensors_of
-
-    if staging is None:
-        return {path: tensor.clone() for path, tensor in tensors_of(checkpoint)}
-    for path, tensor in tensors_of(checkpoint):
-        staging[path].copy_(tensor)
-    return staging
+    for peer in ("torch_save", "torch_save_fsync"):
+        yield compare(case.name, "blocked_ms", timings["ours"], peer=peer, theirs=timings[peer])
 
 
 def run(settings: Settings) -> Iterator[Row]:
