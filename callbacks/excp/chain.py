@@ -133,6 +133,6 @@ class ChainWriter:
         try:
             encoded = code(tail.reference, tail.weights)
         except ValueError as error:
-            rank_zero_warn(f"{error}; a new chain begins")
+            rank_zero_warn(f"a new chain begins with a key frame: {error}")
             return code(None, None)
         return code(None, None) if encoded.report.key_frame_advised else encoded

@@ -1,6 +1,7 @@
 """Two processes on gloo: who writes, and that what each strategy loads is what one process reads from the files."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import FSDPStrategy
 from tenfold.callbacks import ExCPCheckpointIO, ExCPFSDPStrategy
-from tenfold.callbacks.excp import load_checkpoint
+from tenfold.callbacks.excp import ExCPOptions, load_checkpoint
 from tenfold.callbacks.excp.container import is_save, read_identity
-from tenfold.callbacks.excp.sharded import LIST, ExCPStorageReader
+from tenfold.callbacks.excp.sharded import LIST, ExCPStorageReader, ExCPStorageWriter
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 SCRIPT = '''
 import json, os, sys, warnings
@@ -192,6 +195,56 @@ def test_fsdp_is_handed_a_plain_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_sharded_fsdp_is_refused() -> None:
     with pytest.raises(ValueError, match="leave state_dict_type at 'full', or use ExCPModelParallelStrategy"):
         ExCPFSDPStrategy(state_dict_type="sharded")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_parts_of_a_shard_are_read_where_they_are(tmp_path: Path) -> None:
+    weight = torch.randn(70, 80)
+    state = {"model": {"w": weight}, "step": 3}
+    writer = ExCPStorageWriter(tmp_path / "0", ExCPOptions(min_numel=256))
+    dcp.save(state, storage_writer=writer, no_dist=True)
+    writer.close()
+    reader = ExCPStorageReader(tmp_path / "0")
+    reader.read_metadata()
+    place = MetadataIndex("model.w", torch.Size([0, 0]))
+    target = torch.zeros(5, 7)
+    committed = []
+
+    class Planner:
+        def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
+            return target
+
+        def commit_tensor(self, item: ReadItem, tensor: torch.Tensor) -> None:
+            committed.append(item)
+
+    item = ReadItem(LoadItemType.TENSOR, place, torch.Size([0, 0]), place, torch.Size([3, 11]), torch.Size([5, 7]))
+    reader.read_data(LoadPlan([item]), Planner())  # type: ignore[arg-type]
+    assert torch.equal(target, weight[3:8, 11:18])
+    assert committed == [item]
+    loaded = {"model": {"w": torch.zeros(70, 80)}, "step": 0}
+    dcp.load(loaded, storage_reader=ExCPStorageReader(tmp_path / "0"), no_dist=True)
+    assert loaded["step"] == 3
+    assert torch.equal(loaded["model"]["w"], weight)
+
+
+@pytest.mark.filterwarnings("ignore:a new chain begins", "ignore:torch.distributed is disabled")
+def test_sharded_saves_form_a_chain_and_a_removed_one_is_collected(tmp_path: Path) -> None:
+    weight = torch.randn(70, 80)
+    writer = ExCPStorageWriter(options=ExCPOptions(min_numel=256))
+    for number in range(3):
+        weight = weight + 1e-3 * torch.randn(70, 80)
+        dcp.save({"model": {"w": weight}}, checkpoint_id=tmp_path / f"{number}", storage_writer=writer, no_dist=True)
+    store = tmp_path / "excp" / "rank00000"
+    assert [read_identity(path).position for path in sorted(store.glob("*.excp"))] == [0, 1, 2]
+    found = {"model": {"w": torch.zeros(70, 80)}}
+    dcp.load(found, storage_reader=ExCPStorageReader(tmp_path / "2"), no_dist=True)
+    assert 0 < (found["model"]["w"] - weight).norm() < 1e-3 * (70 * 80) ** 0.5
+    for number in range(3):
+        shutil.rmtree(tmp_path / f"{number}")
+    new = torch.randn(90, 80)
+    dcp.save({"model": {"v": new}}, checkpoint_id=tmp_path / "3", storage_writer=writer, no_dist=True)
+    writer.close()
+    assert [read_identity(path).position for path in store.glob("*.excp")] == [0]
 
 
 def test_an_unfinished_or_altered_sharded_checkpoint_is_named(tmp_path: Path) -> None:

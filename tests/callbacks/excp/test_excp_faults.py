@@ -173,6 +173,7 @@ def test_damage_anywhere_in_a_chain_is_found_and_named(tmp_path: Path, states: l
         problems = {finding.names[0]: finding.problem for finding in verify_folder(tmp_path) if finding.problem}
         assert sorted(problems) == [f"step{number}.ckpt" for number in range(position, 5)]
         assert all("\n" not in problem for problem in problems.values())
+        assert all("which is damaged" in problems[f"step{later}.ckpt"] for later in range(position + 1, 5))
         with pytest.raises(ValueError, match=r"step4\.ckpt needs a save that is damaged: .*excp"):
             load_checkpoint(tmp_path / "step4.ckpt")
         for number in range(position):
