@@ -177,6 +177,7 @@ metadata.Distribution.from_name = staticmethod(hidden_from_name)
 # modules that are nothing without one optional library, and its name
 NEEDS = {
     "tenfold.inference.evals.harness": "lm_eval",
+    "tenfold.inference.evals.long_context.task": "lm_eval",
     "tenfold.inference.evals.model_lm": "lm_eval",
     "tenfold.inference.specache.lm": "lm_eval",
 }

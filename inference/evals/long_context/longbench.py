@@ -6,13 +6,15 @@ the docstring tell.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import metrics
 from .longbench_files import SetRows, Templates
 from .longbench_sets import LongBenchSet
 from .prompts import FittedPrompt, PromptFitter
-from .task import LongContextTask
+
+if TYPE_CHECKING:
+    from .task import LongContextTask
 
 
 def longbench_task(
@@ -24,7 +26,7 @@ def longbench_task(
     templates: Templates,
     fitter: PromptFitter,
     newline_generation: Mapping[str, Any],
-) -> LongContextTask:
+) -> "LongContextTask":
     """One set as a task.
 
     deviation: the chat template is the tokenizer's own, where the official code has one by hand per model; a BOS that
@@ -42,6 +44,8 @@ def longbench_task(
     Raises:
         ValueError: The set has no template, its template does not fit, or a package for its metric is missing.
     """
+    from .task import LongContextTask
+
     templates.check(item.name)
     metrics.check_packages([item.metric])
     template, max_new_tokens = templates.prompts[item.name], templates.max_new_tokens[item.name]

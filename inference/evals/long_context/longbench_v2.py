@@ -9,12 +9,14 @@ chain of thought, which asks twice, is not there.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import metrics
 from .longbench_files import Malformed, SetRows
 from .prompts import FittedPrompt, PromptFitter
-from .task import LongContextTask
+
+if TYPE_CHECKING:
+    from .task import LongContextTask
 
 MAX_NEW_TOKENS = 128
 # the official length for models with a window of 128k; shorter windows keep all that fits
@@ -89,8 +91,10 @@ def read_v2_template(folder: Path) -> str:
     return template
 
 
-def longbench_v2_task(source: SetRows, template: str, *, name: str, fitter: PromptFitter) -> LongContextTask:
+def longbench_v2_task(source: SetRows, template: str, *, name: str, fitter: PromptFitter) -> "LongContextTask":
     """The questions as a task; `score` is the accuracy, `answered` the share with a letter."""
+    from .task import LongContextTask
+
     empty = fill(template, dict.fromkeys(_TEXT_FIELDS, ""))
     v2_fitter = PromptFitter(
         fitter.tokenizer,

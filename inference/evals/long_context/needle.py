@@ -7,13 +7,15 @@ that none can be known by heart; scored by substring and by ROUGE-1 recall of th
 
 from collections.abc import Mapping, Sequence
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import metrics
 from .haystack import check_documents, shuffled
 from .options import LongContextOptions
 from .prompts import FittedPrompt, PromptFitter
-from .task import LongContextTask
+
+if TYPE_CHECKING:
+    from .task import LongContextTask
 
 MAX_NEW_TOKENS = 32
 DEFAULT_SAMPLES = 1
@@ -36,7 +38,7 @@ _QUESTION = "What is the door code of the lighthouse on {place}?"
 _PROMPT = "Read the text below. It holds the answer to one question.\n\n{context}\n\nQuestion: {question}\nAnswer:"
 
 
-def needle_task(fitter: PromptFitter, options: LongContextOptions) -> LongContextTask:
+def needle_task(fitter: PromptFitter, options: LongContextOptions) -> "LongContextTask":
     """The grid of lengths and depths as one task.
 
     Args:
@@ -46,6 +48,8 @@ def needle_task(fitter: PromptFitter, options: LongContextOptions) -> LongContex
     Raises:
         ValueError: A length passes the window or is too short, or there are no documents.
     """
+    from .task import LongContextTask
+
     check_documents(options.documents, what="needle")
     metrics.check_packages(["rouge_l"])
     lengths = options.lengths_for(fitter.window)

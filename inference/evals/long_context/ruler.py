@@ -8,7 +8,7 @@ paper's numbers; lm-eval's own `ruler` has the original wording. Scored alike: t
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import metrics
 from .haystack import Material
@@ -17,7 +17,9 @@ from .prompts import FittedPrompt, PromptFitter
 from .ruler_needles import NEEDLE_FAMILIES, NeedleMaker
 from .ruler_words import CommonWords, FrequentWords, VariableTracking
 from .sizing import largest_that_fits
-from .task import LongContextTask
+
+if TYPE_CHECKING:
+    from .task import LongContextTask
 
 DEFAULT_SAMPLES = 10
 
@@ -70,7 +72,7 @@ def ruler_task(
     options: LongContextOptions,
     *,
     material: Material | None = None,
-) -> LongContextTask:
+) -> "LongContextTask":
     """One family at all lengths as a task.
 
     Args:
@@ -83,6 +85,8 @@ def ruler_task(
     Raises:
         ValueError: A length passes the window or is too short, or the family needs documents and there are none.
     """
+    from .task import LongContextTask
+
     lengths = options.lengths_for(fitter.window)
     num_samples = DEFAULT_SAMPLES if options.num_samples is None else options.num_samples
     material = material or Material(options.documents, seed=options.seed)

@@ -8,7 +8,6 @@ from ..task_selection import LocalData, TaskSelection
 from .catalogue import BuiltTasks, LongContextPlan
 from .prompts import Wrap
 from .summary import summarise
-from .task import PROMPT_METRICS, LongContextTask
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -84,6 +83,8 @@ def tell_by_suite(results: dict[str, Any], tasks: Mapping[str, Any]) -> dict[str
         results: lm-eval's results with samples; changed in place.
         tasks: Task objects by name.
     """
+    from .task import PROMPT_METRICS, LongContextTask
+
     metadata = {
         name: task.dump_config()["metadata"] for name, task in tasks.items() if isinstance(task, LongContextTask)
     }
@@ -91,10 +92,10 @@ def tell_by_suite(results: dict[str, Any], tasks: Mapping[str, Any]) -> dict[str
         return {}
     for block in ("results", "groups", "higher_is_better"):
         for values in results.get(block, {}).values():
-            for key in [key for key in values if _is_size(key)]:
+            for key in [key for key in values if _metric(key) in PROMPT_METRICS]:
                 del values[key]
     return summarise(results["samples"], metadata)
 
 
-def _is_size(key: str) -> bool:
-    return key.partition(",")[0].removesuffix("_stderr") in PROMPT_METRICS
+def _metric(key: str) -> str:
+    return key.partition(",")[0].removesuffix("_stderr")
