@@ -62,7 +62,7 @@ def _ungroup(symbols: Indices, length: int) -> NDArray[np.bool_]:
     if len(symbols) != -(-length // _GROUP):
         raise ValueError(f"ExCP stream is damaged: {len(symbols)} groups where {-(-length // _GROUP)} were due")
     even = symbols if len(symbols) % 2 == 0 else np.append(symbols, np.uint8(0))
-    return np.unpackbits((even[0::2] << 4) | even[1::2], count=length).view(np.bool_)
+    return np.unpackbits((even[0::2] << np.uint8(4)) | even[1::2], count=length).view(np.bool_)
 
 
 def _group_classes(classes: Indices) -> Indices:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .host_memory import copy_to_host, same_bits
 from .tree import Path, state_dict_path, tensors_of
 
 _Key = tuple[torch.Size, torch.dtype]
@@ -72,7 +73,8 @@ class HostStage:
             # tied weights stay tied
             key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else path
             if key not in copies:
-                copies[key] = self._buffer(tensor).copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+                copies[key] = self._buffer(tensor)
+                copy_to_host(tensor, copies[key])
             tensors[path] = memo[id(tensor)] = copies[key]
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
@@ -122,17 +124,3 @@ class HostStage:
 def _step_of(checkpoint: Mapping[str, Any]) -> int | None:
     step = checkpoint.get("global_step")
     return step if isinstance(step, int) else None
-
-
-def same_bits(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have the same type, shape and bits; NaN equals itself."""
-    if first.shape != second.shape or first.dtype != second.dtype:
-        return False
-    one, other = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second))
-    whole = len(one) - len(one) % 8
-    aligned = (one.data_ptr() | other.data_ptr()) % 8 == 0
-    if not aligned:
-        return torch.equal(one, other)
-    return torch.equal(one[:whole].view(torch.int64), other[:whole].view(torch.int64)) and torch.equal(
-        one[whole:], other[whole:]
-    )
