@@ -48,7 +48,11 @@ def add_long_context(page: Page, summaries: Mapping[str, Mapping[str, Any]]) -> 
 
 def needle_figure(cells: list[Mapping[str, Any]]) -> "Figure":
     """Depth by length, coloured and labelled by score."""
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
+
+    # see-through: the labels take the page's colour, which must show on a light and on a dark page
+    shades = LinearSegmentedColormap.from_list("found", [(0.30, 0.47, 0.66, 0.0), (0.30, 0.47, 0.66, 0.75)])
 
     lengths = sorted({cell["length"] for cell in cells})
     depths = sorted({cell["depth"] for cell in cells})
@@ -56,7 +60,7 @@ def needle_figure(cells: list[Mapping[str, Any]]) -> "Figure":
     grid = [[scores.get((depth, length), float("nan")) for length in lengths] for depth in depths]
     figure = Figure(figsize=(1.6 + 0.8 * len(lengths), 1.4 + 0.36 * len(depths)), layout="constrained")
     axes = figure.subplots()
-    mesh = axes.pcolormesh(grid, cmap="RdYlGn", vmin=0, vmax=100, edgecolors="#888888", linewidth=0.5)
+    mesh = axes.pcolormesh(grid, cmap=shades, vmin=0, vmax=100, edgecolors="#888888", linewidth=0.5)
     for row, values in enumerate(grid):
         for column, value in enumerate(values):
             if value == value:

@@ -227,7 +227,7 @@ def test_code_lines_follow_what_stands_before_them() -> None:
 
 
 def test_code_lines_skip_strings_and_continued_lines() -> None:
-    docstring = '"""A text\nreturn value here\n"""\n'
+    docstring = '"""A text that is no code\nreturn value here\n"""\n'
     call = "answer = compute(\n    first_argument,\n    second_argument)\n"
     text = "\n" * 10 + docstring + call + "return_value = answer\n"
     code = CodeLines({"m.py": text})
