@@ -15,10 +15,12 @@ import numpy as np
 import torch
 
 from ...callbacks.excp import ExCPOptions, Reference, decode, encode
-from ...callbacks.excp.container import write_save
+from ...callbacks.excp.container import Identity, write_save
 from . import excp_paper
 from .excp_paper import at, flat, parameters_of, raw_bytes
 
+# LZMA sees every fourth tensor of larger saves
+LARGE_BYTES = 1 << 28
 _HERE = Path(__file__).parent
 _CODEC = Path(_HERE.parent.parent, "callbacks", "excp")
 
@@ -163,30 +165,91 @@ class _Trial:
         )
 
 
+class Progress:
+    """What a chain has got to, on disk after every save, so that a broken-off one goes on.
+
+    Args:
+        path: of the files, without their endings.
+        digest: of the code and settings; what was kept with another is forgotten.
+        every: 1, or n to look at every n-th parameter alone.
+        report: told about each save.
+    """
+
+    def __init__(self, path: Path, digest: str, *, every: int = 1, report: Callable[[str], None] = print) -> None:
+        self.path, self.digest, self.every, self.report = path, digest, every, report
+
+    def load(self, save: Path) -> dict[str, Any]:
+        """A save of the run, or those of its parameters that are looked at."""
+        return thin(load(save), self.every)
+
+    def start(self) -> tuple[list[SaveNumbers], Any]:
+        """Saves done, and the state that the last of them led to."""
+        if not self.path.with_suffix(".state").exists():
+            return [], None
+        stored = torch.load(self.path.with_suffix(".state"), weights_only=True)
+        if stored["digest"] != self.digest:
+            return [], None
+        return [SaveNumbers(**numbers) for numbers in stored["saves"]], stored["state"]
+
+    def keep(self, numbers: list[SaveNumbers], state: Any, total: int) -> None:
+        """Keeps what was done."""
+        unfinished = self.path.with_suffix(".partial")
+        saves = [asdict(each) for each in numbers]
+        torch.save({"digest": self.digest, "saves": saves, "state": state}, unfinished)
+        os.replace(unfinished, self.path.with_suffix(".state"))
+        self.report(_line(len(numbers) - 1, total, numbers[-1]))
+
+    def finish(self) -> None:
+        """Forgets the state: the numbers are all that is wanted of it."""
+        self.path.with_suffix(".state").unlink(missing_ok=True)
+
+
+def thin(checkpoint: dict[str, Any], every: int) -> dict[str, Any]:
+    """A checkpoint of every n-th parameter, in the order of the state dict, with its Adam state."""
+    if every == 1:
+        return checkpoint
+    chosen = list(parameters_of(checkpoint))[::every]
+    groups: list[list[Any]] = [[], []]
+    state, weights = {}, {}
+    for number, parameter in enumerate(chosen):
+        assert parameter.exp_avg is not None
+        weights[parameter.name] = weight = at(checkpoint, parameter.weight)
+        state[number] = at(checkpoint, parameter.exp_avg[:-1])
+        groups[weight.dim() <= 1].append(number)
+    settings = checkpoint["optimizer_states"][0]["param_groups"]
+    optimiser = {
+        "state": state,
+        "param_groups": [{**old, "params": new} for old, new in zip(settings, groups, strict=True)],
+    }
+    return {"state_dict": weights, "optimizer_states": [optimiser], "global_step": checkpoint["global_step"]}
+
+
 def code_ours(
     paths: Sequence[Path],
     options_of: Callable[[int], ExCPOptions],
     *,
-    scratch: Path,
+    progress: Progress,
     momentum_errors: Sequence[float] | None = None,
-    report: Callable[[str], None] = print,
 ) -> list[SaveNumbers]:
     """The chain through our codec, a key frame first; each save is decoded.
 
     Args:
         paths: saves of the run.
         options_of: settings of each.
-        scratch: a file that may be written.
+        progress: where the chain's state is kept.
         momentum_errors: largest error of the first moments of each save, over their norm; as many of them are kept as
             that takes, with a mask of their own.
-        report: told about each save.
     """
-    reference: Reference | None = None
-    previous: dict[str, Any] | None = None
-    identity = None
-    numbers = []
-    for position, path in enumerate(paths):
-        checkpoint = load(path)
+    numbers, state = progress.start()
+    reference = identity = None
+    if state is not None:
+        classes = {name: values.numpy() for name, values in state["classes"].items()}
+        reference = Reference(state["weights"], classes, state["squared_errors"], state["digest"])
+        identity = Identity(**state["identity"])
+    previous = progress.load(paths[len(numbers) - 1]) if numbers else None
+    scratch = progress.path.with_suffix(".ckpt")
+    for position in range(len(numbers), len(paths)):
+        checkpoint = progress.load(paths[position])
         truth = Truth(checkpoint, previous)
         weights = None if previous is None else previous["state_dict"]
         options = options_of(position)
@@ -217,34 +280,40 @@ def code_ours(
         )
         del trial
         previous = checkpoint
-        report(_line(position, len(paths), numbers[-1]))
-    scratch.unlink(missing_ok=True)
+        scratch.unlink()
+        kept = {**reference.__dict__, "identity": asdict(identity)}
+        kept["classes"] = {name: torch.from_numpy(values) for name, values in reference.classes.items()}
+        progress.keep(numbers, kept, len(paths))
+    progress.finish()
     return numbers
 
 
-def code_paper(paths: Sequence[Path], *, alpha: float, report: Callable[[str], None] = print) -> list[SaveNumbers]:
-    """The chain through the paper's pipeline, its first save uncompressed."""
-    previous = load(paths[0])
+def code_paper(paths: Sequence[Path], *, alpha: float, progress: Progress) -> list[SaveNumbers]:
+    """The chain through the paper's pipeline, its first save uncompressed; `progress` keeps the chain's state."""
+    numbers, state = progress.start()
+    previous = progress.load(paths[max(0, len(numbers) - 1)])
     size = raw_bytes(previous)
-    archive_every = 4 if size > 1 << 30 else 1
-    reference = {p.name: flat(at(previous, p.weight)) for p in parameters_of(previous)}
-    numbers = [
-        SaveNumbers(
-            raw_bytes=size, coded_bytes=size, bound_bytes=size, error_over_step=0.0, relative_error=0.0,
-            momentum_error=0.0, encode_s=0.0,
-        )
-    ]  # fmt: skip
-    for position, path in enumerate(paths[1:], start=1):
-        checkpoint = load(path)
+    if not numbers:
+        state = {p.name: torch.from_numpy(flat(at(previous, p.weight))) for p in parameters_of(previous)}
+        numbers = [
+            SaveNumbers(
+                raw_bytes=size, coded_bytes=size, bound_bytes=size, error_over_step=0.0, relative_error=0.0,
+                momentum_error=0.0, encode_s=0.0,
+            )
+        ]  # fmt: skip
+    reference = {name: weight.numpy() for name, weight in state.items()}
+    for position in range(len(numbers), len(paths)):
+        checkpoint = progress.load(paths[position])
         truth = Truth(checkpoint, previous)
         with one_thread():
-            base = reference
             save, encode_s, peak = _peak_of(
-                partial(excp_paper.encode, checkpoint, base, alpha=alpha, archive_every=archive_every)
+                partial(
+                    excp_paper.encode, checkpoint, reference, alpha=alpha, archive_every=4 if size > LARGE_BYTES else 1
+                )
             )
             encode_s += save.archive_s * (1 / save.archive_share - 1)
             start = time.process_time()
-            values = excp_paper.decode(save, checkpoint, base)
+            values = excp_paper.decode(save, checkpoint, reference)
             decode_s = time.process_time() - start
             decoded = sum(len(value[0]) for value in values.values())
             decode_s *= sum(map(len, save.weights.values())) / decoded
@@ -263,7 +332,8 @@ def code_paper(paths: Sequence[Path], *, alpha: float, report: Callable[[str], N
             )
         )
         reference, previous = save.weights, checkpoint
-        report(_line(position, len(paths), numbers[-1]) + f", {save.kept_moments:.3f} of the moments kept")
+        progress.keep(numbers, {name: torch.from_numpy(weight) for name, weight in reference.items()}, len(paths))
+    progress.finish()
     return numbers
 
 
@@ -300,24 +370,31 @@ PAPER_SOURCES = (_HERE / "excp_paper.py",)
 
 
 def measured(
-    folder: Path, name: str, sources: Sequence[Path], settings: Any, work: Callable[[], list[SaveNumbers]]
+    path: Path,
+    sources: Sequence[Path],
+    settings: Any,
+    work: Callable[[Progress], list[SaveNumbers]],
+    *,
+    every: int = 1,
+    report: Callable[[str], None] = print,
 ) -> list[SaveNumbers]:
     """What `work` gives, from disk where it was measured before with the same code.
 
     Args:
-        folder: of the run.
-        name: of the chain.
+        path: of the record, without its ending.
         sources: code that the numbers depend on.
         settings: whatever else they depend on.
         work: measures.
+        every: 1, or n to look at every n-th parameter alone.
+        report: told about each save.
     """
-    record = folder / f"{name}.json"
-    digest = f"{digest_of_sources(*sources)}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}"
+    record = path.with_suffix(".json")
+    digest = f"{digest_of_sources(*sources)}-{hashlib.sha256(repr((settings, every)).encode()).hexdigest()[:16]}"
     if record.exists():
         stored = json.loads(record.read_text(encoding="utf-8"))
         if stored["sources"] == digest:
             return [SaveNumbers(**numbers) for numbers in stored["saves"]]
-    numbers = work()
+    numbers = work(Progress(path, digest, every=every, report=report))
     unfinished = record.with_suffix(".partial")
     unfinished.write_text(json.dumps({"sources": digest, "saves": [asdict(n) for n in numbers]}), encoding="utf-8")
     os.replace(unfinished, record)

@@ -4,7 +4,7 @@ Residual against the reconstruction of the last save, thresholds min(2.5, alpha 
 and beta times mean |exp_avg|, one mask for weight and moments, k-means with 15 centres on the non-zeros, two indices
 per byte, LZMA over the whole. The first save is stored as it is. Where the released code is weaker than it need be, the
 peer is given the better: k-means trains on up to 262,144 values (released: 3,840), codebooks are float32 (released:
-float16), and odd sizes are padded. Of saves above a gigabyte LZMA sees every fourth tensor; size and time are scaled by
+float16), and odd sizes are padded. Of saves above 256 MiB LZMA sees every fourth tensor; size and time are scaled by
 the order-0 bits and the elements that it saw.
 """
 

@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tenfold.callbacks.excp import ExCPOptions
 from tenfold.experiments.bench import excp, excp_chain, excp_lossless, excp_paper, excp_resume
 from tenfold.experiments.bench.excp_chain import SaveNumbers, amortised_ratio
 from tenfold.experiments.bench.registry import Settings
@@ -144,16 +146,82 @@ def test_what_was_measured_is_kept_until_code_or_settings_change(tmp_path: Path)
     source.write_text("one")
     calls = []
 
-    def work() -> list[SaveNumbers]:
+    def work(progress: excp_chain.Progress) -> list[SaveNumbers]:
         calls.append(1)
         return [numbers(100, len(calls))]
 
-    first = excp_chain.measured(tmp_path, "chain", [source], {"a": 1}, work)
-    assert excp_chain.measured(tmp_path, "chain", [source], {"a": 1}, work) == first
+    def measured(settings: Any) -> list[SaveNumbers]:
+        return excp_chain.measured(tmp_path / "chain", [source], settings, work)
+
+    first = measured({"a": 1})
+    assert measured({"a": 1}) == first
     assert len(calls) == 1
-    assert excp_chain.measured(tmp_path, "chain", [source], {"a": 2}, work)[0].coded_bytes == 2
+    assert measured({"a": 2})[0].coded_bytes == 2
     source.write_text("two")
-    assert excp_chain.measured(tmp_path, "chain", [source], {"a": 2}, work)[0].coded_bytes == 3
+    assert measured({"a": 2})[0].coded_bytes == 3
+
+
+@pytest.mark.parametrize("coder", ["ours", "paper"])
+def test_a_broken_off_chain_goes_on_with_the_same_numbers(
+    coder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = []
+    for number in range(4):
+        paths.append(tmp_path / f"{number}.pt")
+        torch.save(checkpoint(number, (96, 64)), paths[-1])
+
+    def run(name: str, digest: str = "a") -> list[dict[str, Any]]:
+        progress = excp_chain.Progress(tmp_path / name, digest, report=lambda line: None)
+        if coder == "paper":
+            saves = excp_chain.code_paper(paths, alpha=1e9, progress=progress)
+        else:
+            options = ExCPOptions(min_numel=16)
+            saves = excp_chain.code_ours(paths, lambda position: options, progress=progress)
+        times = {"encode_s", "decode_s", "peak_bytes"}
+        return [{key: value for key, value in asdict(save).items() if key not in times} for save in saves]
+
+    whole = run("whole")
+    keep = excp_chain.Progress.keep
+
+    def broken(self: excp_chain.Progress, saves: list[SaveNumbers], state: Any, total: int) -> None:
+        keep(self, saves, state, total)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(excp_chain.Progress, "keep", broken)
+        with pytest.raises(KeyboardInterrupt):
+            run("broken-off")
+    loaded: list[Path] = []
+    monkeypatch.setattr(excp_chain, "load", lambda path: (loaded.append(path), torch.load(path, weights_only=True))[1])
+    assert run("broken-off") == whole
+    # the save before, to measure the step, and those that were missing
+    assert loaded == paths[1:]
+    assert not list(tmp_path.glob("broken-off*.state"))
+
+
+def test_a_thinned_checkpoint_has_every_other_parameter_with_its_own_state() -> None:
+    saves = [checkpoint(i, shape) for i, shape in enumerate([(8, 8), (8,), (8, 8), (8,), (8, 8)])]
+    matrices, vectors = [0, 2, 4], [1, 3]
+    order = matrices + vectors
+    whole = {
+        "state_dict": {f"w{i}": save["state_dict"]["w"] for i, save in enumerate(saves)},
+        "optimizer_states": [
+            {
+                "state": {n: saves[i]["optimizer_states"][0]["state"][0] for n, i in enumerate(order)},
+                "param_groups": [{"params": [0, 1, 2], "betas": (0.9, 0.95)}, {"params": [3, 4], "betas": (0.9, 0.95)}],
+            }
+        ],
+        "global_step": 3,
+    }
+    thinned = excp_chain.thin(whole, 2)
+    assert list(thinned["state_dict"]) == ["w0", "w2", "w4"]
+    for parameter in excp_paper.parameters_of(thinned):
+        number = int(parameter.name[1:])
+        state = saves[number]["optimizer_states"][0]["state"][0]
+        assert excp_paper.at(thinned, parameter.exp_avg) is state["exp_avg"]
+        assert excp_paper.at(thinned, parameter.weight) is saves[number]["state_dict"]["w"]
+    assert excp_chain.thin(whole, 1) is whole
 
 
 def test_a_run_goes_on_from_its_last_save_with_the_same_bits(work: Path) -> None:
