@@ -1,10 +1,10 @@
 """Decoding with MoLE's table in every storage, against dense and MoE decoders; de-duplicated training; table building.
 
-160M shapes with random weights, all in bfloat16: weights, tables and experts. A step feeds one token per sequence after a prompt of 32, with ids drawn
-evenly from the vocabulary, the same for all. `cache=cold` lets the system forget the table's (or the experts') file
-before every step; what a method keeps in its own memory it keeps. `cache=warm` reads files that are in the file cache;
-`storage=direct` never uses it. Rows of the table are checked against their checksums when they are first read, within
-the timed step.
+160M shapes with random weights, all in bfloat16: weights, tables and experts. A step feeds one token per sequence after
+a prompt of 32, with ids drawn evenly from the vocabulary, the same for all. `cache=cold` lets the system forget the
+table's (or the experts') file before every step; what a method keeps in its own memory it keeps. `cache=warm` reads
+files that are in the file cache; `storage=direct` never uses it. Rows of the table are checked against their checksums
+when they are first read, within the timed step.
 
 Peer `moe_offloaded` is the faster of two: experts read into an LRU cache of two per layer (as many as the dense model
 has parameters for), with reads for the next layer's likely experts; or used in place through a memory map.

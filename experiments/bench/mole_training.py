@@ -46,7 +46,11 @@ def real_tokens(count: int, *, vocab_size: int, seed: int) -> torch.Tensor | Non
 def training_rows(size: str, settings: Settings) -> Iterator[Row]:
     """A row per number of experts and tokens."""
     cases = [(4, 1024)] if settings.quick else [(16, 4096), (4, 4096), (4, 8192)]
-    fields = {"num_hidden_layers": 2} if settings.quick else {"num_hidden_layers": NUM_LAYERS, "vocab_size": 49152}
+    fields = (
+        {"num_hidden_layers": 2, "vocab_size": 2000}
+        if settings.quick
+        else {"num_hidden_layers": NUM_LAYERS, "vocab_size": 49152}
+    )
     for num_experts, num_tokens in cases:
         case = f"{num_experts}e tokens={num_tokens} real-text"
         config = decoder_config(f"mole-{size}-{num_experts}e", **fields)

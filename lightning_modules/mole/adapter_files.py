@@ -82,7 +82,7 @@ def load_adapted(folder: Path, *, storage: Storage = "mmap", **options: Any) -> 
     table = LookupTable.open(folder / TABLE_FILE, storage)
     if table.metadata["adapter"] != json.loads(json.dumps(config.to_dict())):
         raise ValueError(f"{table.path} was made with other settings than {CONFIG_FILE} says; export the model again")
-    embedding = model.get_input_embeddings().weight
+    embedding: Any = model.get_input_embeddings().weight
     stated = table.metadata["digests"].get(KEY_EMBEDDING)
     if config.key == "token_id":
         if len(embedding) != table.shape[0]:

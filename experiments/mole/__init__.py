@@ -1,0 +1,1 @@
+"""MoLE: configurations and studies."""

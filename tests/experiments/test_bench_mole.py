@@ -1,0 +1,144 @@
+"""The rows that readers of the results look for are there, with counted bytes; a study goes on where it stopped."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tenfold.experiments.bench import mole, mole_training
+from tenfold.experiments.bench.registry import BENCHES, Settings
+from tenfold.experiments.mole import quality
+
+SETTINGS = Settings("cpu", quick=True, seed=0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_decoding_rows(tmp_path: Path) -> None:
+    rows = list(mole._decoding_rows("tiny", tmp_path, SETTINGS))
+    assert {"mole", "mole-quality"} <= set(BENCHES)
+    cases = {row.case for row in rows}
+    for batch in (1, 8):
+        for storage in ("memory", "mmap cache=warm", "mmap cache=cold", "direct cache=cold"):
+            assert f"tiny-4e batch={batch} storage={storage}" in cases
+    for case in cases:
+        timed = {row.peer: row for row in rows if row.case == case and row.metric == "decode_ms_per_step"}
+        assert set(timed) == {"dense", "moe_resident", "moe_offloaded"}
+        assert all(row.value > 0 and row.peer_value > 0 for row in timed.values())
+    read = {row.case: row for row in rows if row.metric == "bytes_read_per_step"}
+    # 4 layers, 4 experts, width 128, 16 bits: whole pages, so direct reads take no more
+    one = 4 * 4 * 128 * 2
+    assert one % 4096 == 0
+    for case in ("mmap cache=warm", "mmap cache=cold", "direct cache=cold"):
+        row = read[f"tiny-4e batch=1 storage={case}"]
+        assert row.value == one
+        # at least the two experts of one layer
+        assert row.peer_value >= 2 * 2 * 128 * 256 * 2
+
+
+def test_models_that_differ_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = mole.lookup_model
+
+    def wrong(*arguments: object) -> mole.Rival:
+        rival = real(*arguments)
+        if arguments[-1] == "direct":
+            torch.nn.init.normal_(rival.model.model.layers[0].feed_forward.router.weight)
+        return rival
+
+    monkeypatch.setattr(mole, "lookup_model", wrong)
+    with pytest.raises(RuntimeError, match="result 0 of mole direct differs from ours"):
+        next(mole._decoding_rows("tiny", tmp_path, SETTINGS))
+
+
+def test_table_building_rows(tmp_path: Path) -> None:
+    rows = list(mole_training.building_rows("tiny", tmp_path, SETTINGS))
+    assert [row.metric for row in rows] == ["build_mb_s", "build_peak_bytes"] * 2
+    assert all(row.value > 0 for row in rows)
+
+
+def test_training_rows_without_the_text_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mole_training, "real_tokens", lambda *_, **__: None)
+    (row,) = mole_training.training_rows("tiny", SETTINGS)
+    assert row.reason is not None
+    assert "tenfold assets get" in row.reason
+
+
+def test_training_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(40, (1, 64), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(mole_training, "real_tokens", lambda *_, **__: ids)
+    repeats, timed = mole_training.training_rows("tiny", SETTINGS)
+    assert (repeats.metric, repeats.value) == ("tokens_per_distinct_id", 64 / len(ids.unique()))
+    assert (timed.metric, timed.peer) == ("train_step_ms", "naive")
+
+
+STUDY = quality.Study(
+    steps=8, batch_size=2, sequence_length=16, vocabulary=300, val_batches=2, task_documents=2, learning_rate=3e-3
+)
+
+
+class Text:
+    """Stands in for the data module: sequences of a small cycle of ids."""
+
+    vocab_size = 40
+
+    def __init__(self, **options: object) -> None:
+        self.options = options
+
+    def prepare_data(self) -> None:
+        pass
+
+    def setup(self, stage: str) -> None:
+        assert stage == "fit"
+
+    def train_dataloader(self) -> list[dict[str, torch.Tensor]]:
+        ids = torch.arange(32).view(2, 16) % 40
+        return [{"input_ids": ids, "labels": ids}, {"input_ids": ids.flip(1), "labels": ids.flip(1)}]
+
+    val_dataloader = train_dataloader
+
+
+def test_a_study_keeps_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tenfold.datamodules
+
+    made = []
+    monkeypatch.setattr(
+        tenfold.datamodules, "TextDataModule", lambda **options: made.append(options) or Text(**options)
+    )
+    monkeypatch.setattr(quality, "_scores", lambda *_: {})
+    first = quality.run_one("mole-4e", 1, STUDY, tmp_path)
+    assert quality.run_one("mole-4e", 1, STUDY, tmp_path) == first
+    assert [options["seed"] for options in made] == [1]
+    assert json.loads((tmp_path / STUDY.digest / "mole-4e-1.json").read_text()) == first
+    # another seed and other settings are other runs
+    assert quality.run_one("mole-4e", 2, STUDY, tmp_path)["val_loss"] != first["val_loss"]
+    assert quality.Study().digest != STUDY.digest
+    with pytest.raises(ValueError, match="unknown variant 'mole-5e'; there are dense, dense-5x-wide"):
+        quality.run_one("mole-5e", 1, STUDY, tmp_path)
+
+
+@pytest.mark.parametrize("variant", quality.VARIANTS)
+def test_every_variant_learns(variant: str) -> None:
+    torch.manual_seed(0)
+    model = quality.VARIANTS[variant](40).train()
+    batches = Text().train_dataloader()
+    before = quality.held_out_loss(model, batches, 2)
+    quality.train(model, batches, STUDY)
+    assert quality.held_out_loss(model.eval(), batches, 2) < before - 0.2
+
+
+def test_variants_have_the_sizes_that_they_are_named_for() -> None:
+    count = {name: sum(p.numel() for p in build(4096).parameters()) for name, build in quality.VARIANTS.items()}
+    layers, d, width, vocabulary = 4, 128, 512, 4096
+    experts = layers * (4 * 2 * d * width + 4 * d + d)
+    assert count["mole-4e"] - count["dense"] == experts
+    assert count["dense-5x-wide"] - count["dense"] == layers * 4 * 2 * d * width
+    assert count["moe-top2"] == count["moe-all-active"]
+    assert count["token-table-4e"] - count["dense"] == layers * (vocabulary * 4 * d + 4 * d)
+    assert count["bigram-4e"] - count["dense"] == experts + 49152 * d
