@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "catalogue": ["LongContextPlan", "long_context_task_names", "plan_long_context"],
         "options": ["LongContextOptions"],
+        "prediction_files": ["score_predictions"],
         "prompts": ["PromptFitter"],
         "report_sections": ["add_long_context", "needle_figure"],
         "summary": ["summarise"],

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tenfold.inference.evals import evaluate_model
+from tenfold.inference.evals.long_context import plan_long_context
 from tenfold.inference.evals.long_context.code_lines import CodeLines, standard_library
 from tenfold.inference.evals.long_context.haystack import word_pool
 from tenfold.inference.evals.long_context.local_sets import WikipediaRows
@@ -295,6 +296,20 @@ def test_a_real_model_answers_and_resumes(
     assert answers.is_file()
     for name, rows in first["samples"].items():
         assert [row["resps"] for row in rows] == [row["resps"] for row in second["samples"][name]]
+
+
+def test_tasks_serve_lm_eval_alone(tiny_tokenizer: Any, articles: list[dict[str, str]], kit: SimpleNamespace) -> None:
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    settings = LongContextOptions(lengths=[1400], num_samples=1, depths=[50], documents=articles)
+    plan = plan_long_context(["needle", "longbench_local"], options=settings)
+    built = plan.build(tiny_tokenizer.tokenizer, window=2000, transformers_lm=False)
+    lm = kit.lm(tiny_tokenizer.tokenizer, kit.right, max_length=2000)
+    manager = TaskManager(include_defaults=False)
+    found = lm_eval.simple_evaluate(model=lm, tasks=built.objects, task_manager=manager, bootstrap_iters=0)
+    assert found["results"]["needle"]["score,none"] == 1.0
+    assert found["groups"]["longbench_local"]["score,none"] == 1.0
 
 
 @pytest.mark.parametrize("cache", ["full", "specache"])
