@@ -56,6 +56,9 @@ BENCHES: dict[str, Bench] = {
     "excp-downstream": Bench("excp_downstream", "scores of a fine-tuned model before and after its saves were coded"),
     "excp-resume": Bench("excp_resume", "training resumed three times from coded saves: loss and first update"),
     "specache": Bench("specache", "decoding with SpeCache: device bytes, tokens per second, exposed waits"),
+    "specache-quality": Bench(
+        "specache_quality", "SpeCache and other caches of its size on real text: needle, longbench-local"
+    ),
     "weighted-gather": Bench("weighted_gather", "weighted sums of table rows, forward and backward"),
 }
 

@@ -1,0 +1,68 @@
+"""What a pretrained model finds in real text with SpeCache and with other caches of equal device bytes.
+
+Half an hour or more on two CPU cores. Finished batches of prompts are kept in `runs/bench/specache-quality`; started
+again, it goes on after the last one. All answers lie there too, and the picture.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..specache.picture import draw
+from ..specache.real_text import PERPLEXITY, QUICK, Score, Study, run_study, summary
+from .registry import Settings
+from .rows import Row, missing_peer, ratio
+
+FOLDER = Path("runs", "bench", "specache-quality")
+_CASES = {"longbench_local": "longbench-local", "needle": "needle", PERPLEXITY: PERPLEXITY}
+_PEERS = ("full", "quantized", "kivi", "window", "h2o")
+
+
+def run(settings: Settings) -> Iterator[Row]:
+    """Rows by suite and bits: scores, decoded perplexity, device bytes, and gaps to the full cache."""
+    study = QUICK if settings.quick else Study(seed=settings.seed)
+    result = run_study(study, FOLDER, lambda line: print(f"specache-quality: {line}", flush=True))
+    (FOLDER / "study.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    draw(result, FOLDER / "specache_quality.png")
+    for suite, case in _CASES.items():
+        scores = summary(result, suite)
+        for bits in (2, 1):
+            name = case if bits == 2 else f"{case} bits={bits}"
+            yield from _rows(name, suite, bits, scores, result["missing"])
+
+
+def _rows(case: str, suite: str, bits: int, scores: dict[str, Score], missing: dict[str, str]) -> Iterator[Row]:
+    ours = scores[f"specache-{bits}"]
+    perplexity = suite == PERPLEXITY
+    metric, unit = ("perplexity", "per token") if perplexity else ("score", "of 100")
+    row = Row(case, metric, _shown(ours, perplexity), unit, repeats=ours.count, spread=_spread(ours, perplexity))
+    for peer in _PEERS:
+        # transformers' quantized cache is asked for 2 bits only
+        label = peer if peer == "full" else f"{peer}-{2 if peer == 'quantized' else bits}"
+        if label not in scores:
+            yield missing_peer(row, label, missing.get(label, "not run"))
+            continue
+        value = _shown(scores[label], perplexity)
+        yield Row(
+            **{**row.__dict__, "peer": label, "peer_value": value,
+               "ratio": ratio(row.value, value, higher_is_better=not perplexity)}
+        )  # fmt: skip
+        yield Row(
+            case, "device_bytes", ours.device_bytes, "bytes", peer=label, peer_value=scores[label].device_bytes,
+            ratio=ratio(ours.device_bytes, scores[label].device_bytes), repeats=ours.count,
+        )  # fmt: skip
+    gap_unit = "nats" if perplexity else "points"
+    yield Row(
+        case, "gap_to_full", ours.gap, gap_unit, bound="goal", bound_value=None if perplexity else -1.0,
+        repeats=ours.count, spread=ours.gap_error,
+    )  # fmt: skip
+
+
+def _shown(score: Score, perplexity: bool) -> float:
+    return math.exp(score.mean) if perplexity else score.mean
+
+
+def _spread(score: Score, perplexity: bool) -> float:
+    """Standard error over prompts."""
+    return math.exp(score.mean) * score.error if perplexity else score.error

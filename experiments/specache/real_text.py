@@ -1,0 +1,328 @@
+"""What a pretrained model finds in real text with each cache: needle, longbench-local, and decoded perplexity.
+
+A prompt is read once and all caches start from it, so that differences are the caches' alone. Answers are greedy and
+scored by the tasks' own code. Finished batches are kept in a file; a run that was stopped goes on after the last one.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from ...inference.evals.long_context.catalogue import plan_long_context
+from ...inference.evals.long_context.options import LongContextOptions
+from ...inference.specache import (
+    CacheShape,
+    SpeCache,
+    SpeCacheOptions,
+    decode_recorded,
+    record_prompt,
+    tensor_bytes,
+)
+from ...inference.specache.decoding_cache import DecodingCache
+from .methods import Method, methods
+
+PERPLEXITY = "perplexity"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Sizes of the study.
+
+    Attributes:
+        model: Model by name.
+        dtype: Of the weights and of everything that is kept in full precision.
+        lengths: Tokens of prompt and answer together.
+        depths: Where needles lie, in percent.
+        rounds: Batches per task and length; each has other prompts.
+        batch_size: Prompts per batch of `longbench_local` and of perplexity; the needle has one per depth.
+        scored_tokens: Tokens after each prompt behind the perplexity.
+        seed: Of all prompts.
+        top_k: SpeCache's exact rows.
+        residual_length: SpeCache's residual.
+        group_size: Values that share a scale.
+    """
+
+    model: str = "asset:smollm2-135m"
+    dtype: str = "bfloat16"
+    lengths: tuple[int, ...] = (2048,)
+    depths: tuple[float, ...] = (0.0, 25.0, 50.0, 75.0, 100.0)
+    rounds: int = 3
+    batch_size: int = 4
+    scored_tokens: int = 32
+    seed: int = 0
+    top_k: int = 64
+    residual_length: int = 64
+    group_size: int = 64
+
+    def options(self, bits: int) -> SpeCacheOptions:
+        """The SpeCache that sets the budget at so many bits."""
+        return SpeCacheOptions(
+            bits=bits, top_k=self.top_k, residual_length=self.residual_length, group_size=self.group_size
+        )
+
+
+QUICK = Study(lengths=(512,), depths=(50.0,), rounds=1, batch_size=1, scored_tokens=8)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that are read together.
+
+    Attributes:
+        suite: `needle`, `longbench_local` or `perplexity`.
+        task: The task.
+        length: Tokens that its prompts were made for.
+        number: Which round.
+        texts: Prompts.
+        new_tokens: Longest answers in tokens, or tokens that are scored.
+        score: Scores an answer, 0 to 1, of the prompt with this number; None for perplexity.
+        depths: Where the needles lie.
+    """
+
+    suite: str
+    task: str
+    length: int
+    number: int
+    texts: tuple[str, ...]
+    new_tokens: int
+    score: Callable[[int, str], float] | None
+    depths: tuple[float, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Its name in the file of results."""
+        return f"{self.task}/{self.length}/{self.number}"
+
+
+def batches(study: Study, tokenizer: Any, documents: list[dict[str, Any]]) -> Iterator[Batch]:
+    """All batches, short ones first, rounds before lengths, so that an unfinished study is balanced."""
+    for length in study.lengths:
+        for number in range(study.rounds):
+            yield _text(study, tokenizer, documents, length, number)
+            yield from _tasks(study, tokenizer, documents, length, number)
+
+
+def _tasks(study: Study, tokenizer: Any, documents: list[dict[str, Any]], length: int, number: int) -> Iterator[Batch]:
+    def wrap(prompt: str, chat: bool) -> str:
+        if not chat:
+            return prompt
+        message = [{"role": "user", "content": prompt}]
+        return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+
+    options = LongContextOptions(
+        lengths=(length,), depths=study.depths, seed=study.seed + number, documents=documents, num_samples=1
+    )
+    for suite in ("needle", "longbench_local"):
+        count = 1 if suite == "needle" else study.batch_size
+        plan = plan_long_context([suite], options=replace(options, num_samples=count), data_dirs=[])
+        for name, task in plan.build(tokenizer, window=length, wrap=wrap).tasks.items():
+            docs = list(task.eval_docs)
+            yield Batch(
+                suite=suite,
+                task=name,
+                length=length,
+                number=number,
+                texts=tuple(task.fewshot_context(doc) for doc in docs),
+                new_tokens=task.config.generation_kwargs["max_gen_toks"],
+                score=lambda place, answer, task=task, docs=docs: task.process_results(docs[place], [answer])["score"],
+                depths=tuple(doc["depth"] for doc in docs) if suite == "needle" else (),
+            )
+
+
+def _text(study: Study, tokenizer: Any, documents: list[dict[str, Any]], length: int, number: int) -> Batch:
+    """Articles one after the other, from another place for each text."""
+    texts = []
+    for place in range(study.batch_size):
+        start = (number * study.batch_size + place + study.seed * 1009) * 97 % len(documents)
+        # about four characters per token; what is too much is cut by tokens
+        text, index = "", start
+        while len(text) < 6 * length:
+            document = documents[index % len(documents)]
+            text += f"{document['title']}\n{document['text']}\n\n"
+            index += 1
+        texts.append(text)
+    return Batch(PERPLEXITY, PERPLEXITY, length, number, tuple(texts), study.scored_tokens, None)
+
+
+def run_study(study: Study, folder: Path, report: Callable[[str], None]) -> dict[str, Any]:
+    """Run what is not in the folder yet, and give everything back.
+
+    Args:
+        study: Sizes.
+        folder: Where finished batches are kept, in a file named by the study's digest.
+        report: Told about every batch.
+
+    Raises:
+        ValueError: The model or the articles are not there.
+    """
+    import hashlib
+
+    from ...datamodules.assets import resolve
+    from ...datamodules.documents import list_files, read_documents
+    from ..model_source import load_source, source_tokenizer
+
+    settings = json.dumps(asdict(study), sort_keys=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{hashlib.sha256(settings.encode()).hexdigest()[:12]}.jsonl"
+    done = _finished(path)
+    source = load_source(study.model, dtype=study.dtype)  # type: ignore[arg-type]
+    tokenizer = source_tokenizer(source)
+    tokenizer.padding_side = "left"
+    documents = [
+        {"title": row["title"], "text": row["text"]}
+        for file in list_files(Path(resolve("asset:wikipedia-summaries")))
+        for row in read_documents(file)
+    ]
+    reasons: dict[str, str] = {}
+    for batch in batches(study, tokenizer, documents):
+        if batch.key in done:
+            continue
+        start = time.perf_counter()
+        found = _run_batch(study, source.model, tokenizer, batch, reasons)
+        record = {"key": batch.key, "suite": batch.suite, "task": batch.task, "length": batch.length,
+                  "number": batch.number, "depths": batch.depths, "methods": found}  # fmt: skip
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        done[batch.key] = record
+        report(f"{batch.key}: {len(batch.texts)} prompts in {time.perf_counter() - start:.0f} s")
+    return {"study": asdict(study), "missing": reasons, "batches": list(done.values())}
+
+
+def _finished(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.exists():
+        return {}
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            # the last line of a run that was killed
+            continue
+        found[record["key"]] = record
+    return found
+
+
+def _run_batch(study: Study, model: Any, tokenizer: Any, batch: Batch, reasons: dict[str, str]) -> dict[str, Any]:
+    continuation = None
+    if batch.score is None:
+        rows = [tokenizer(text, add_special_tokens=False)["input_ids"][: batch.length] for text in batch.texts]
+        ids = torch.tensor(rows)
+        ids, continuation = ids[:, : -batch.new_tokens], ids[:, -batch.new_tokens :]
+        mask = torch.ones_like(ids)
+    else:
+        encoded = tokenizer(list(batch.texts), return_tensors="pt", padding=True)
+        ids, mask = encoded["input_ids"], encoded["attention_mask"]
+    prompt = record_prompt(model, ids, attention_mask=mask)
+    shape, capacity = CacheShape.of(model.config, model.dtype), ids.shape[1] + batch.new_tokens - 1
+    found = {}
+    for method in methods():
+        try:
+            cache = method.build(model.config, shape, study.options(method.bits or 2), capacity)
+        except ValueError as error:
+            reasons[method.label] = str(error)
+            continue
+        start = time.perf_counter()
+        tokens, logits = decode_recorded(
+            model,
+            prompt,
+            cache,
+            num_tokens=None if continuation is not None else batch.new_tokens,
+            stop_ids=() if continuation is not None else _stop_ids(model, tokenizer),
+            continuation=continuation,
+        )
+        found[method.label] = {
+            "device_bytes": _device_bytes(method, cache, shape, len(ids), capacity),
+            "seconds": round(time.perf_counter() - start, 2),
+            **_scores(batch, tokenizer, tokens, logits),
+            **_hits(cache),
+        }
+    return found
+
+
+def _scores(batch: Batch, tokenizer: Any, tokens: torch.Tensor, logits: torch.Tensor) -> dict[str, Any]:
+    if batch.score is None:
+        # the first token comes from the prefill, which is the same for all
+        nats = F.cross_entropy(logits[:, 1:].float().transpose(1, 2), tokens[:, 1:], reduction="none")
+        return {"nats": [round(value, 6) for value in nats.mean(1).tolist()]}
+    answers = []
+    for row in tokens.tolist():
+        stops = [place for place, token in enumerate(row) if token in tokenizer.all_special_ids]
+        answers.append(tokenizer.decode(row[: min(stops, default=len(row))], skip_special_tokens=True))
+    return {
+        "scores": [round(batch.score(place, answer), 6) for place, answer in enumerate(answers)],
+        "answers": answers,
+    }
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    named = model.generation_config.eos_token_id
+    found = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    return tuple(sorted(token for token in found if token is not None))
+
+
+def _device_bytes(method: Method, cache: Any, shape: CacheShape, batch: int, capacity: int) -> int:
+    """Per sequence, with room for the whole answer."""
+    if method.cache == "full":
+        return shape.full_bytes(1, capacity)
+    return (cache.device_bytes if isinstance(cache, DecodingCache) else tensor_bytes(cache, "cpu")) // batch
+
+
+def _hits(cache: Any) -> dict[str, Any]:
+    if not isinstance(cache, SpeCache) or cache.options.mode != "speculative":
+        return {}
+    statistics = cache.statistics
+    return {"hit_ratio": statistics.speculation_hit_ratio, "coverage_ratio": statistics.coverage_ratio}
+
+
+@dataclass(frozen=True)
+class Score:
+    """A method's result over all prompts of a suite and length.
+
+    Attributes:
+        mean: In points of 100; nats per token for perplexity.
+        error: Standard error over prompts.
+        gap: Mean difference to the full cache, prompt by prompt.
+        gap_error: Its standard error.
+        count: Prompts.
+        device_bytes: Per sequence, on average.
+    """
+
+    mean: float
+    error: float
+    gap: float
+    gap_error: float
+    count: int
+    device_bytes: float
+
+
+def summary(result: dict[str, Any], suite: str, *, length: int | None = None) -> dict[str, Score]:
+    """Scores by method; `longbench_local` is the mean over prompts, of which every set has as many."""
+    values: dict[str, list[float]] = {}
+    sizes: dict[str, list[float]] = {}
+    for record in result["batches"]:
+        if record["suite"] != suite or (length is not None and record["length"] != length):
+            continue
+        for label, found in record["methods"].items():
+            numbers = found["nats"] if suite == PERPLEXITY else [100 * value for value in found["scores"]]
+            values.setdefault(label, []).extend(numbers)
+            sizes.setdefault(label, []).append(found["device_bytes"])
+    scores = {}
+    for label, numbers in values.items():
+        full = values["full"]
+        gaps = [a - b for a, b in zip(numbers, full, strict=True)] if len(numbers) == len(full) else [math.nan]
+        scores[label] = Score(
+            fmean(numbers), _error(numbers), fmean(gaps), _error(gaps), len(numbers), fmean(sizes[label])
+        )
+    return scores
+
+
+def _error(values: list[float]) -> float:
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
