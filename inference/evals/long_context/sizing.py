@@ -1,5 +1,6 @@
 """Makes generated prompts as long as asked for: the most pieces of a haystack that fit."""
 
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -45,19 +46,24 @@ def largest_that_fits(
             "give longer --lengths"
         )
     low, high = smallest, smallest + 1
-    # doubling first: the number of pieces per token is not known
-    while largest is None or high <= largest:
-        made = make(high)
-        if tokens(made) > length:
-            break
-        low, best, high = high, made, high * 2
-    else:
-        high = largest + 1
+    # tokens grow with the pieces almost in a line, so the guess along it is close; every other step halves, so that a
+    # bad line costs little
+    low, low_tokens, high, high_tokens = smallest, needed, (largest or sys.maxsize) + 1, 0
+    guess = 2 * smallest + 8
+    by_line = True
     while high - low > 1:
-        middle = (low + high) // 2
-        made = make(middle)
-        if tokens(made) <= length:
-            low, best = middle, made
+        # never far beyond what was seen: counting a text that is much too long costs most
+        guess = min(max(guess, low + 1), high - 1, 4 * low + 16)
+        made = make(guess)
+        if (now := tokens(made)) <= length:
+            rate = (now - low_tokens) / (guess - low)
+            low, low_tokens, best = guess, now, made
         else:
-            high = middle
+            rate = (now - low_tokens) / (guess - low)
+            high, high_tokens = guess, now
+        if high_tokens and not by_line:
+            guess = (low + high) // 2
+        else:
+            guess = low + int((length - low_tokens) / max(rate, 0.01)) + (not high_tokens)
+        by_line = not by_line
     return best
