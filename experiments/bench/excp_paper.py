@@ -4,15 +4,15 @@ Residual against the reconstruction of the last save, thresholds min(2.5, alpha 
 and beta times mean |exp_avg|, one mask for weight and moments, k-means with 15 centres on the non-zeros, two indices
 per byte, LZMA over the whole. The first save is stored as it is. Where the released code is weaker than it need be, the
 peer is given the better: k-means trains on up to 262,144 values (released: 3,840), codebooks are float32 (released:
-float16), and odd sizes are padded. Of saves above 256 MiB LZMA sees every fourth tensor; size and time are scaled by
-the order-0 bits and the elements that it saw.
+float16), and odd sizes are padded. Of saves above 128 MiB LZMA sees every fourth block of 4,096 elements; its size and
+time count four times.
 """
 
 import lzma
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ _LARGEST_RATIO = 2.5
 _CENTRES = 15
 _SAMPLE = 1 << 18
 _ROUNDS = 25
+_SAMPLED_BLOCK = 4096
+T = TypeVar("T", bound=np.generic)
 
 
 def flat(tensor: torch.Tensor) -> Float32:
@@ -63,6 +65,14 @@ def quantise(values: Float32) -> tuple[NDArray[np.uint8], Float32]:
     return indices, np.concatenate([[np.float32(0)], centres])
 
 
+def sampled(values: NDArray[T], every: int) -> NDArray[T]:
+    """Every so-manieth block of 4,096 values, the first one included; short tensors whole."""
+    if every == 1 or len(values) < 2 * _SAMPLED_BLOCK:
+        return values
+    whole = len(values) // _SAMPLED_BLOCK * _SAMPLED_BLOCK
+    return values[:whole].reshape(-1, _SAMPLED_BLOCK)[::every].reshape(-1)
+
+
 def pack(indices: NDArray[np.uint8]) -> bytes:
     """Two indices per byte, the first in the high half."""
     even = indices if len(indices) % 2 == 0 else np.append(indices, np.uint8(0))
@@ -90,8 +100,8 @@ class PaperSave:
 
     Attributes:
         archive: LZMA over packed indices and codebooks.
-        archived: parameters in the archive.
-        archive_share: order-0 bits of these over those of all (0-1).
+        archive_every: blocks from one in the archive to the next.
+        archive_share: elements in the archive over all (0-1).
         archive_s: CPU seconds of LZMA.
         rest_bytes: tensors that the pipeline leaves alone, as they are.
         bound_bytes: order-0 entropy of all index streams, codebooks and rest.
@@ -103,7 +113,7 @@ class PaperSave:
     """
 
     archive: bytes = b""
-    archived: tuple[str, ...] = ()
+    archive_every: int = 1
     archive_share: float = 1.0
     archive_s: float = 0.0
     rest_bytes: int = 0
@@ -142,15 +152,14 @@ def encode(
         reference: reconstruction of the last save, by name.
         alpha: weight threshold; infinity gives the limit of 2.5 medians everywhere.
         beta: momentum threshold.
-        archive_every: LZMA sees every so-manieth tensor.
+        archive_every: LZMA sees every so-manieth block, see `sampled`.
     """
     save = PaperSave()
     packed: list[bytes] = []
     kept = total = 0
     bound_bits = 0.0
-    archived: list[str] = []
-    archived_bits = 0.0
-    for number, parameter in enumerate(parameters_of(checkpoint)):
+    archived = 0
+    for parameter in parameters_of(checkpoint):
         weight, first, second = (
             flat(at(checkpoint, path)) for path in (parameter.weight, parameter.exp_avg, parameter.exp_avg_sq)
         )
@@ -164,13 +173,10 @@ def encode(
         coded = [quantise(np.where(where, values, np.float32(0))) for values, where in
                  ((residual, mask), (first, both), (second, both))]  # fmt: skip
         save.codebooks[parameter.name] = tuple(codebook for _, codebook in coded)
-        bits = sum(order0_bits(indices) + 32 * len(codebook) for indices, codebook in coded)
-        bound_bits += bits
-        if number % archive_every == 0:
-            packed += [pack(indices) for indices, _ in coded]
-            packed += [codebook.tobytes() for _, codebook in coded]
-            archived.append(parameter.name)
-            archived_bits += bits
+        bound_bits += sum(order0_bits(indices) + 32 * len(codebook) for indices, codebook in coded)
+        packed += [pack(sampled(indices, archive_every)) for indices, _ in coded]
+        packed += [codebook.tobytes() for _, codebook in coded]
+        archived += len(sampled(weight, archive_every))
         rebuilt = base + coded[0][1].take(coded[0][0])
         save.weights[parameter.name] = rebuilt
         save.squared_error += float(np.square(rebuilt - weight, dtype=np.float64).sum())
@@ -181,7 +187,7 @@ def encode(
     start = time.process_time()
     save.archive = lzma.compress(b"".join(packed), preset=6)
     save.archive_s = time.process_time() - start
-    save.archived, save.archive_share = tuple(archived), archived_bits / bound_bits
+    save.archive_every, save.archive_share = archive_every, archived / max(total, 1)
     coded_bytes = 12 * total
     save.rest_bytes = max(0, raw_bytes(checkpoint) - coded_bytes)
     save.bound_bytes = bound_bits / 8 + save.rest_bytes
@@ -190,20 +196,19 @@ def encode(
 
 
 def decode(save: PaperSave, checkpoint: dict[str, Any], reference: dict[str, Float32]) -> dict[str, Any]:
-    """Weights and moments of what was archived, by name, shape (n,) each; `checkpoint` tells sizes only."""
+    """Weights and moments by name, shape (n,) each, or the archived part of them; `checkpoint` tells names only."""
     data = memoryview(lzma.decompress(save.archive))
     values, offset = {}, 0
     for parameter in parameters_of(checkpoint):
-        if parameter.name not in save.archived:
-            continue
-        length = at(checkpoint, parameter.weight).numel()
+        base = sampled(reference[parameter.name], save.archive_every)
+        length = len(base)
         streams = []
         for codebook in save.codebooks[parameter.name]:
             size = (length + 1) // 2
             streams.append(codebook.take(unpack(bytes(data[offset : offset + size]), length)))
             offset += size
         offset += sum(codebook.nbytes for codebook in save.codebooks[parameter.name])
-        streams[0] = reference[parameter.name] + streams[0]
+        streams[0] = base + streams[0]
         values[parameter.name] = tuple(streams)
     return values
 
