@@ -16,12 +16,22 @@ import torch
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 from transformers.cache_utils import Cache
 
-from ...inference.specache import CacheShape, SpeCache, SpeCacheSession, build_cache
+from ...inference.specache import (
+    CacheShape,
+    DecodingCache,
+    SpeCache,
+    SpeCacheOptions,
+    SpeCacheSession,
+    build_cache,
+    equal_bytes_options,
+    tensor_bytes,
+)
 from .registry import Settings
 from .rows import Row, missing_peer, ratio
+from .specache_parts import part_rows, published_rows
 from .timing import Timing, measure, require_same
 
-PEERS = ("full", "offloaded", "quantized", "kivi", "exact-fetch")
+PEERS = ("full", "offloaded", "quantized", "kivi", "exact-fetch", "window", "h2o")
 # tokens that there must be room for after the prompt: warm-up and timed steps
 _ROOM = 512
 _PREFILL_CHUNK = 4096
@@ -88,8 +98,8 @@ def start(model: Qwen2ForCausalLM, ids: torch.Tensor, name: str, **options: Any)
         ValueError: The cache cannot run here.
     """
     cache, _ = build_cache(name, model.config, **options)
-    if isinstance(cache, SpeCache):
-        return _start_specache(model, ids, cache)
+    if isinstance(cache, DecodingCache):
+        return _start_own(model, ids, cache)
     for chunk in ids.split(_PREFILL_CHUNK, dim=1):
         logits = model(chunk, past_key_values=cache, logits_to_keep=1).logits[:, -1]
     state = [logits.argmax(-1)]
@@ -103,7 +113,7 @@ def start(model: Qwen2ForCausalLM, ids: torch.Tensor, name: str, **options: Any)
     return Decoding(cache, logits, step)
 
 
-def _start_specache(model: Qwen2ForCausalLM, ids: torch.Tensor, cache: SpeCache) -> Decoding:
+def _start_own(model: Qwen2ForCausalLM, ids: torch.Tensor, cache: DecodingCache) -> Decoding:
     # the same weights, attending through the cache for good: switching would be timed with every step
     with torch.device("meta"):
         twin = Qwen2ForCausalLM(copy.deepcopy(model.config)).eval()
@@ -113,7 +123,11 @@ def _start_specache(model: Qwen2ForCausalLM, ids: torch.Tensor, cache: SpeCache)
     session = SpeCacheSession(twin, cache)
     mask = torch.ones_like(ids)
     logits = session.prefill(
-        ids, capacity=ids.shape[1] + _ROOM, chunk_size=_PREFILL_CHUNK, attention_mask=mask, logits_to_keep=1
+        ids,
+        capacity=ids.shape[1] + _ROOM,
+        chunk_size=_PREFILL_CHUNK if cache.takes_parts else None,
+        attention_mask=mask,
+        logits_to_keep=1,
     )
     twin.set_attn_implementation("specache")
     state = [torch.cat([ids[:, -1:], logits.argmax(-1)[:, None]], dim=1)]
@@ -130,24 +144,20 @@ def _start_specache(model: Qwen2ForCausalLM, ids: torch.Tensor, cache: SpeCache)
     return Decoding(cache, logits, step)
 
 
+def _budget(name: str, model: Qwen2ForCausalLM, context: int) -> dict[str, Any]:
+    """Options with which a cache that drops tokens takes SpeCache's device bytes."""
+    if name not in ("window", "h2o"):
+        return {}
+    shape = CacheShape.of(model.config, model.dtype)
+    capacity = context + _ROOM
+    return equal_bytes_options(name, shape=shape, options=SpeCacheOptions(), capacity_tokens=capacity)  # type: ignore[arg-type]
+
+
 def device_bytes(cache: Cache, device: str) -> int:
     """Bytes of all tensors on the device that can be reached from the cache's layers."""
-    if isinstance(cache, SpeCache):
+    if isinstance(cache, DecodingCache):
         return cache.device_bytes
-    seen: dict[int, int] = {}
-    stack: list[Any] = list(cache.layers)
-    while stack:
-        item = stack.pop()
-        if isinstance(item, torch.Tensor):
-            if item.device.type == device:
-                seen[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
-        elif isinstance(item, dict):
-            stack.extend(item.values())
-        elif isinstance(item, list | tuple):
-            stack.extend(item)
-        elif type(item).__module__.startswith(("transformers", "optimum", "hqq")) and hasattr(item, "__dict__"):
-            stack.extend(vars(item).values())
-    return sum(seen.values())
+    return tensor_bytes(cache, device)
 
 
 def tokens_per_second(timing: Timing, batch: int) -> float:
@@ -177,6 +187,7 @@ def run(settings: Settings) -> Iterator[Row]:
         size = CUDA_QUICK if settings.quick else CUDA
     else:
         size = CPU_QUICK if settings.quick else CPU
+    yield from published_rows()
     model = make_model(size, settings)
     for context in size.contexts:
         yield from _rows(model, size, context, settings)
@@ -192,7 +203,7 @@ def _rows(model: Qwen2ForCausalLM, size: Size, context: int, settings: Settings)
     running, reasons = {"specache": ours}, {}
     for peer in PEERS:
         try:
-            running[peer] = start(model, ids, peer)
+            running[peer] = start(model, ids, peer, **_budget(peer, model, context))
         except ValueError as error:
             reasons[peer] = str(error)
             continue
@@ -205,6 +216,9 @@ def _rows(model: Qwen2ForCausalLM, size: Size, context: int, settings: Settings)
     # a sample is one step: the caches' room is counted in steps
     timings = measure(calls, device=settings.device, repeats=steps, min_sample_ms=0.0, seed=settings.seed)
     yield from _rate_rows(case, timings, reasons, size.batch)
+    own = ours.cache
+    assert isinstance(own, SpeCache)
+    yield from part_rows(case, own, ours.step, repeats=max(steps // 2, 3), device=settings.device)
     for decoding in running.values():
         if isinstance(decoding.cache, SpeCache):
             decoding.cache.close()
@@ -268,7 +282,7 @@ def _largest_batches(model: Qwen2ForCausalLM, context: int, settings: Settings) 
         for batch in itertools.takewhile(lambda batch: batch <= 256, (2**power for power in range(9))):
             ids = torch.randint(3, model.config.vocab_size, (batch, context), device=settings.device)
             try:
-                decoding = start(model, ids, name)
+                decoding = start(model, ids, name, **_budget(name, model, context))
                 timing = measure({"step": decoding.step}, device="cuda", repeats=10, min_sample_ms=0.0)["step"]
             except (ValueError, torch.cuda.OutOfMemoryError) as error:
                 reasons[name] = str(error).splitlines()[0]
