@@ -41,7 +41,7 @@ def methods() -> list[Method]:
     """Those of the study on real text: full, transformers' quantized, then ours and its rivals at 2 bits and at 1."""
     found = [
         Method("full", "full", 0),
-        Method("quantized-2", "quantized", 0, (("quantizer", "quanto"), ("nbits", 2))),
+        Method("quantized-2", "quantized", 0, (("quantizer", "hqq"), ("nbits", 2))),
     ]
     for bits in (2, 1):
         found += [
