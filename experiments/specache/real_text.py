@@ -197,17 +197,14 @@ def run_study(study: Study, folder: Path, report: Callable[[str], None]) -> dict
 
 
 def _finished(path: Path) -> dict[str, dict[str, Any]]:
+    """Records of a file by key; half a line, which a run that was killed has left, is cut off."""
     if not path.exists():
         return {}
-    found = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            # the last line of a run that was killed
-            continue
-        found[record["key"]] = record
-    return found
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
+    return {record["key"]: record for record in map(json.loads, whole.splitlines())}
 
 
 def _run_batch(study: Study, model: Any, tokenizer: Any, batch: Batch, reasons: dict[str, str]) -> dict[str, Any]:
