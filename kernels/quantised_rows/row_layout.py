@@ -171,6 +171,16 @@ class RowLayout:
         levels = codes.unpack(layer[:, : self.code_bytes], self.layer_values, self.quantisation)
         return codes.apply_scales(levels, self.scales(layer), self.block_size).view(shape)
 
+    def decode_record(self, records: Tensor) -> Tensor:
+        """(U, record_bytes) bytes of whole records as values (U, L, N, d)."""
+        layers = records.unflatten(1, (self.num_layers, self.layer_bytes))
+        if self.quantisation != "none":
+            # new rows, one per layer
+            layers = layers.flatten(0, 1)
+            return self.decode(layers).unflatten(0, (len(records), self.num_layers))
+        dtype = getattr(torch, self.dtype)
+        return layers.contiguous().view(dtype).unflatten(2, (self.num_experts, self.hidden_size))
+
     def scales(self, layer: Tensor) -> Tensor:
         """The scales (U, num_blocks) in (U, layer_bytes) bytes of one layer."""
         return layer[:, self.code_bytes :].contiguous().view(getattr(torch, self.scale_dtype))

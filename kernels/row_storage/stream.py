@@ -37,7 +37,8 @@ class RowStream:
         num_parts: layers in a record.
         part_bytes: bytes per layer; layer l is at `l * part_bytes` of a record.
         limit_bytes: size of all staging buffers together; two layers of all records are staged even where that is more.
-        check: called with a layer and its bytes (U, part_bytes) before they are handed out; raises what it finds.
+        check: called with the first of some layers and their bytes (U, layers * part_bytes) before they are handed out;
+            raises what it finds.
     """
 
     def __init__(
@@ -78,6 +79,36 @@ class RowStream:
             return []
         step = max(MIN_CUT_BYTES, -(-self._part_bytes // PAGE_BYTES) * PAGE_BYTES)
         return list(range(step, width - step + 1, step))
+
+    @property
+    def arrives_at_once(self) -> bool:
+        """Whether nothing is gained by waiting for one layer at a time: addressable rows, and rows read in one piece."""
+        if self._storage.resident is not None:
+            return True
+        width = self._num_parts * self._part_bytes
+        return self._chunk_parts == self._num_parts and not self._cuts(0, width)
+
+    def whole(self) -> Tensor:
+        """Bytes of all layers, (U, num_parts * part_bytes) uint8 on the CPU: fewer calls, where the rows are few.
+
+        Raises:
+            OSError: a read failed.
+            ValueError: from the check; or the rows are too many to be staged at once.
+        """
+        width = self._num_parts * self._part_bytes
+        resident = self._storage.resident
+        if resident is not None:
+            values = resident[:, :width].index_select(0, self._rows)
+            self._storage.count(values.nbytes)
+        else:
+            if self._chunk_parts < self._num_parts:
+                raise ValueError("the rows are staged in more than one piece; take them layer by layer")
+            chunk = self._chunks[0]
+            chunk.pending.wait()
+            values = chunk.buffer[:, :width]
+        if self._check is not None:
+            self._check(0, values.numpy())
+        return values
 
     def part(self, layer: int) -> Tensor:
         """Bytes of a layer for all records, (U, part_bytes) uint8 on the CPU, valid until a later layer is asked for.

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from ...kernels.quantised_rows import weighted_gather_records
 from ...kernels.weighted_gather import sort_segments, weighted_gather_groups
 from .keys import Key, keys_of
 from .modeling import LookupExperts, router_gates
 from .table import LookupTable
+from .table_pass import begin_pass
 
 ATTRIBUTE = "lookup_adapter"
 KEY_EMBEDDING = "key_embedding"
@@ -151,7 +151,7 @@ class LookupAdapter(nn.Module):
         self._inverse: Tensor = self._keys
         self._embed: list[nn.Module] = []
         self._segments: Any = None
-        self._stream: Any = None
+        self._routed: Any = None
 
     def begin_pass(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Forward hook of the model's body: find the keys, and ask for their rows where there is a table.
@@ -177,17 +177,18 @@ class LookupAdapter(nn.Module):
             cache=kwargs.get("past_key_values"),
             mask=kwargs.get("attention_mask"),
         )
+        if self.table is not None:
+            self._routed = begin_pass(self.table, keys.reshape(-1), ids.device)
+            return args, kwargs
         self._keys, inverse = torch.unique(keys, return_inverse=True)
         self._inverse, self._segments = inverse.reshape(-1), None
         self._embed = [self.key_embedding or base.get_input_embeddings()]
-        if self.table is not None:
-            self._stream = self.table.begin_pass(self._keys, ids.device)
         return args, kwargs
 
     def routed(self, layer: AdaptedFeedForward, gates: Tensor) -> Tensor:
         """`sum_j g_j v_j` for (B * T, N) gates."""
         if self.table is not None:
-            return weighted_gather_records(self._stream.part(layer.place), self._inverse, gates, self.table.layout)
+            return self._routed(layer.place, gates)
         assert layer.lookup is not None
         from_table = isinstance(layer.lookup, TableValues)
         values = layer.lookup(self._keys if from_table else self._embed[0](self._keys))

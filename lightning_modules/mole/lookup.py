@@ -3,10 +3,9 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.utils import cached_file
 
-from ...kernels.quantised_rows import weighted_gather_records
 from ...kernels.row_storage import STORAGES, Storage
 from ..decoder.configuration import DecoderConfig
 from ..decoder.feed_forward import DenseFeedForward
@@ -25,6 +23,7 @@ from ..decoder.slots import FEED_FORWARDS
 from ..decoder.tokens import TokenContext
 from .modeling import router_gates
 from .table import TABLE_FILE, LookupTable
+from .table_pass import begin_pass
 
 EMBEDDING = "model.embed_tokens.weight"
 HUB_OPTIONS = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")
@@ -95,8 +94,7 @@ class MoLELookupFeedForward(nn.Module):
         """Map the normalised residual stream (B, T, d) to (B, T, d)."""
         gates = router_gates(self.router, hidden_states)  # (B, T, N)
         shared = self.shared(hidden_states)
-        records, ids, layout = tokens.shared["records"](self.layer_index)
-        routed = weighted_gather_records(records, ids, gates.reshape(-1, gates.shape[-1]), layout)
+        routed = tokens.shared["routed"](self.layer_index, gates.reshape(-1, gates.shape[-1]))
         return shared + routed.view(shared.shape).to(shared.dtype)
 
 
@@ -136,21 +134,8 @@ class MoLELookupModel(DecoderModel):
                 f"export; resize the training form and export it again"
             )
         tokens = super().token_context(input_ids, embeddings, attention_mask)
-        layout, resident = table.layout, table.on_device(embeddings.device)
-        take: Callable[[int], Tensor]
-        if resident is not None:
-            # the GPU addresses rows by token id: nothing is copied, and no id is looked at
-            places = input_ids.reshape(-1)
-            take = partial(_layer_of, resident, layout.layer_bytes)
-        else:
-            ids, inverse = torch.unique(input_ids, return_inverse=True)
-            places, take = inverse.reshape(-1), table.begin_pass(ids, embeddings.device).part
-        tokens.shared["records"] = lambda layer: (take(layer), places, layout)
+        tokens.shared["routed"] = begin_pass(table, input_ids.reshape(-1), embeddings.device)
         return tokens
-
-
-def _layer_of(records: Tensor, layer_bytes: int, layer: int) -> Tensor:
-    return records[:, layer * layer_bytes : (layer + 1) * layer_bytes]
 
 
 class MoLELookupForCausalLM(DecoderForCausalLM):

@@ -133,7 +133,7 @@ class LookupTable:
             num_parts=layout.num_layers,
             part_bytes=layout.layer_bytes,
             limit_bytes=STAGING_BYTES,
-            check=lambda layer, part: self._check(rows.numpy(), layer, part),
+            check=lambda first, part: self._check(rows.numpy(), first, part),
         )
         if device.type != "cuda":
             return stream
@@ -175,10 +175,12 @@ class LookupTable:
             return self.layout.decode(stream.part(layer)).clone()
         return torch.stack([self.layout.decode(stream.part(index)) for index in range(self.shape[1])], dim=1)
 
-    def _check(self, rows: np.ndarray, layer: int, part: np.ndarray) -> None:
-        for place in np.flatnonzero(self._unchecked[rows, layer]).tolist():
-            row = rows[place]
-            if zlib.crc32(part[place]) != self._checksums[row, layer]:
+    def _check(self, rows: np.ndarray, first: int, part: np.ndarray) -> None:
+        size = self.layout.layer_bytes
+        count = part.shape[1] // size
+        for place, index in np.argwhere(self._unchecked[rows, first : first + count]).tolist():
+            row, layer = rows[place], first + index
+            if zlib.crc32(part[place, index * size : (index + 1) * size]) != self._checksums[row, layer]:
                 raise ValueError(
                     f"{self.path}: the row of token id {row} fails its checksum in layer {layer}: altered; export the "
                     f"table again"
