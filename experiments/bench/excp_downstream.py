@@ -47,7 +47,7 @@ def score(name: str, weights: dict[str, Any], run: RunSettings, limit: int) -> f
     data.prepare_data()
     data.setup("fit")
     assert data.vocab_size is not None
-    model = make_model(run, data.vocab_size)
+    model: Any = make_model(run, data.vocab_size)
     model.load_state_dict(weights)
     shutil.rmtree(model_folder, ignore_errors=True)
     model.save_pretrained(model_folder)

@@ -1,7 +1,4 @@
-"""Tables of a results file of `tenfold bench excp`, `excp-resume` or `excp-downstream`, as Markdown.
-
-`python -m tenfold.experiments.excp.report FILE…` prints them; the README has them from there.
-"""
+"""Tables of a results file of `tenfold bench excp`, `excp-resume` or `excp-downstream`, as Markdown: the README's."""
 
 import json
 import sys
@@ -17,6 +14,10 @@ def find(rows: Rows, case: str, metric: str, peer: str | None = None) -> dict[st
     """The row of a case, metric and (if given) peer."""
     matching = (row for row in rows if row["case"] == case and row["metric"] == metric)
     return next((row for row in matching if peer is None or row["peer"] == peer), None)
+
+
+def _field(row: dict[str, Any] | None, name: str) -> float | None:
+    return None if row is None else row[name]
 
 
 def _number(value: float | None) -> str:
@@ -43,7 +44,7 @@ def chains(rows: Rows) -> Iterator[str]:
         bound = find(rows, case, "size_over_order0_bound", "paper_lzma")
         speeds = [find(rows, case, metric, "paper_lzma") for metric in ("encode_mb_s", "decode_mb_s")]
         for who, field in (("ours", "value"), ("paper's pipeline", "peer_value")):
-            lines.append([case, who, *(_number(row and row[field]) for row in [*found, bound, *speeds])])
+            lines.append([case, who, *(_number(_field(row, field)) for row in [*found, bound, *speeds])])
     headings = ["case", "coder", "error / step", "error / norm", "moment error", "ratio per save",
                 "ratio, 60 saves", "size / order 0", "encode MB/s", "decode MB/s"]  # fmt: skip
     yield from _table(headings, lines)
@@ -59,7 +60,7 @@ def lossless(rows: Rows) -> Iterator[str]:
             found = [find(rows, case, metric, peer) for metric in metrics]
             reason = next((row["reason"] for row in found if row and row["reason"]), None)
             lines.append([case, peer, *([reason, "", "", ""] if reason else
-                          [_number(row and row["peer_value"]) for row in found])])  # fmt: skip
+                          [_number(_field(row, "peer_value")) for row in found])])  # fmt: skip
     yield from _table(["case", "peer", "ratio per save", "ratio, 60 saves", "encode MB/s", "decode MB/s"], lines)
 
 
