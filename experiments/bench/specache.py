@@ -150,7 +150,7 @@ def _budget(name: str, model: Qwen2ForCausalLM, context: int) -> dict[str, Any]:
         return {}
     shape = CacheShape.of(model.config, model.dtype)
     capacity = context + _ROOM
-    return equal_bytes_options(name, shape=shape, options=SpeCacheOptions(), capacity_tokens=capacity)  # type: ignore[arg-type]
+    return equal_bytes_options(name, shape=shape, options=SpeCacheOptions(), capacity_tokens=capacity)
 
 
 def device_bytes(cache: Cache, device: str) -> int:

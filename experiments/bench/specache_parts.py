@@ -87,7 +87,7 @@ def part_rows(case: str, cache: SpeCache, step: Callable[[], Any], *, repeats: i
     for name, values in samples.items():
         yield Row(case, f"step_ms_{name}", median(values), "ms", repeats=repeats)
     steps = cache.statistics.steps - before[2]
-    shape, batch = CacheShape.of(cache.config, cache.layers[0].store.fetched.dtype), len(cache.lengths)  # type: ignore[union-attr]
+    shape, batch = CacheShape.of(cache.config, cache.layers[0].store.fetched.dtype), len(cache.lengths)
     formula = shape.fetched_bytes_per_step(cache.options, batch, cache.capacity)
     yield Row(
         case, "bytes_to_device_per_step", (cache.statistics.bytes_to_device - before[0]) / steps, "bytes",

@@ -33,7 +33,7 @@ class Method:
         """
         options = dict(self.options)
         if self.bits:
-            options |= equal_bytes_options(self.cache, shape=shape, options=ours, capacity_tokens=capacity)  # type: ignore[arg-type]
+            options |= equal_bytes_options(self.cache, shape=shape, options=ours, capacity_tokens=capacity)
         return build_cache(self.cache, config, **options)[0]
 
 

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -132,9 +133,13 @@ def _tasks(study: Study, tokenizer: Any, documents: list[dict[str, Any]], length
                 number=number,
                 texts=tuple(task.fewshot_context(doc) for doc in docs),
                 new_tokens=task.config.generation_kwargs["max_gen_toks"],
-                score=lambda place, answer, task=task, docs=docs: task.process_results(docs[place], [answer])["score"],
+                score=partial(_score, task, docs),
                 depths=tuple(doc["depth"] for doc in docs) if suite == "needle" else (),
             )
+
+
+def _score(task: Any, docs: list[dict[str, Any]], place: int, answer: str) -> float:
+    return float(task.process_results(docs[place], [answer])["score"])
 
 
 def _text(study: Study, tokenizer: Any, documents: list[dict[str, Any]], length: int, number: int) -> Batch:

@@ -146,7 +146,7 @@ def _caches(study: Recall, model: Any, capacity: int) -> dict[str, Any]:
         found[f"specache-{bits}"] = make("specache", top_k=study.top_k, measure=True, **base)
         for name in ("kivi", "window", "h2o"):
             budget = equal_bytes_options(
-                name,  # type: ignore[arg-type]
+                name,
                 shape=shape,
                 options=study.options(bits),
                 capacity_tokens=capacity,

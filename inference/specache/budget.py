@@ -31,7 +31,7 @@ def equal_bytes_options(
         {'budget': 763}
     """
     wanted = shape.device_bytes(options, 1, capacity_tokens)
-    kind = {"bits": options.bits, "group_size": options.group_size}
+    kind: dict[str, Any] = {"bits": options.bits, "group_size": options.group_size}
     if name in ("specache", "exact-fetch"):
         return {**kind, "top_k": options.top_k, "residual_length": options.residual_length}
     if name == "kivi":

@@ -33,7 +33,7 @@ class SpeCache(DecodingCache):
         ValueError: A setting is out of range, or the model has layers that the method does not cover.
     """
 
-    layers: list[SpeCacheLayer]  # type: ignore[assignment]
+    layers: list[SpeCacheLayer]
 
     def __init__(self, config: PreTrainedConfig, **options: Any) -> None:
         self.options = SpeCacheOptions(**options)

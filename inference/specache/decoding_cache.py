@@ -27,6 +27,8 @@ class DecodingCache(Cache):
         current_layer: The layer whose keys and values came last.
     """
 
+    layers: list[Any]
+
     # whether a step carries a guess at the next token, how guesses are drawn, and from which seed
     speculative = False
     greedy_guesses = False

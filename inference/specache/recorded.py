@@ -167,7 +167,9 @@ def decode_recorded(
     kind: Any = _OwnSteps if isinstance(cache, DecodingCache) else _PlainSteps
     ended = torch.zeros(prompt.logits.shape[0], dtype=torch.bool, device=prompt.logits.device)
     stops = torch.tensor(stop_ids, device=ended.device)
-    tokens, logits, current = [], [], prompt.logits
+    tokens: list[torch.Tensor] = []
+    logits: list[torch.Tensor] = []
+    current = prompt.logits
     with kind(model, cache, prompt.attention_mask) as steps:
         while True:
             token = continuation[:, len(tokens)] if continuation is not None else current.argmax(-1)
