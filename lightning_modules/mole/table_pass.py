@@ -26,16 +26,19 @@ class FewTokens:
 
     def __init__(self, stream: RowStream, inverse: Tensor, layout: RowLayout) -> None:
         self._stream, self._inverse, self._layout = stream, inverse, layout
-        self._values: Tensor | None = None
+        self._layers: tuple[Tensor, ...] = ()
 
     def routed(self, layer: int, gates: Tensor) -> Tensor:
         """`sum_n gates[t, n] * row[t, layer, n]`: (T, N) to (T, d)."""
-        if self._values is None:
+        if not self._layers:
             dtype = torch.float64 if "float64" in (self._layout.dtype, str(gates.dtype)[6:]) else torch.float32
             rows = self._layout.decode_record(self._stream.whole()).index_select(0, self._inverse)
-            self._values = rows.to(dtype).transpose(0, 1).contiguous()  # (L, T, N, d)
-        values = self._values[layer]
-        return torch.bmm(gates.to(values.dtype).unsqueeze(1), values).squeeze(1)
+            # (L, T, N, d), or for one token (L, N, d)
+            values = rows.to(dtype).transpose(0, 1).contiguous()
+            self._layers = values.squeeze(1).unbind() if len(gates) == 1 else values.unbind()
+        values = self._layers[layer]
+        gates = gates.to(values.dtype)
+        return torch.mm(gates, values) if values.dim() == 2 else torch.bmm(gates.unsqueeze(1), values).squeeze(1)
 
 
 def begin_pass(table: LookupTable, keys: Tensor, device: torch.device) -> Routed:
