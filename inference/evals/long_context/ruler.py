@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .task import LongContextTask
 
 DEFAULT_SAMPLES = 10
+# the three asked for need others beside them
+_FEWEST_CODED_WORDS = 8
 
 
 @dataclass(frozen=True)
@@ -140,10 +142,5 @@ def _family(name: str, material: Material, length: int) -> Family:
     if name == "cwe":
         common = CommonWords(material.words, short=length < 4096)
         return Family(120, common.smallest, common.largest, sampled(common.make))
-    frequent = FrequentWords(vocabulary_size=max(length // 50, frequent_floor()))
+    frequent = FrequentWords(vocabulary_size=max(length // 50, _FEWEST_CODED_WORDS))
     return Family(50, frequent.smallest, None, sampled(frequent.make))
-
-
-def frequent_floor() -> int:
-    """Fewest coded words, so that the three asked for have others beside them."""
-    return 8
