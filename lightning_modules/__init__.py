@@ -4,6 +4,7 @@ import lazy_loader
 
 # models register themselves with transformers and with the decoder's slots when they are imported
 from . import decoder as _decoder  # noqa: F401
+from . import memoryformer as _memoryformer  # noqa: F401
 from . import mole as _mole  # noqa: F401
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
@@ -11,6 +12,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "decoder": ["DecoderConfig", "DecoderForCausalLM", "decoder_config"],
         "language_model": ["CausalLMModule"],
+        "memoryformer": ["KeyedMemory", "MemoryFormerConfig", "MemoryFormerForCausalLM", "MemoryLayer"],
+        "memoryformer.module": ["MemoryFormerLightning"],
         "mole": ["MoLEForCausalLM", "MoLELookupConfig", "MoLELookupForCausalLM"],
         "mole.module": ["MoLELightning"],
     },

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .slots import FEED_FORWARDS, NORMS, PROJECTIONS
+from .slots import ATTENTION_PROJECTIONS, FEED_FORWARDS, NORMS, PROJECTIONS
 
 SIZES = (
     "vocab_size",
@@ -49,9 +49,9 @@ class DecoderConfig(PreTrainedConfig):
         norm: slot `rmsnorm`, `layernorm`, or one that a method registers.
         norm_eps: added to the variance.
         norm_options: arguments of the norm's builder.
-        projection: slot of the attention projections: `linear`, or one that a method registers.
+        projection: slot of the attention projections: `linear`, or one that a method registers (`memory`).
         projection_options: arguments of the projection's builder.
-        feed_forward: slot `dense`, `moe`, or one that a method registers (`mole`).
+        feed_forward: slot `dense`, `moe`, or one that a method registers (`mole`, `memory`).
         feed_forward_options: arguments of the feed-forward's builder.
         max_position_embeddings: longest sequence in tokens.
         rope_parameters: as in transformers: `rope_type`, `rope_theta`, `partial_rotary_factor` (the rotated fraction
@@ -129,7 +129,8 @@ class DecoderConfig(PreTrainedConfig):
                 f"partial_rotary_factor {self.rope_parameters['partial_rotary_factor']} of head_dim {self.head_dim} "
                 f"rotates {rotated} values; it must be an even whole number"
             )
-        for registry, name in ((NORMS, self.norm), (PROJECTIONS, self.projection), (FEED_FORWARDS, self.feed_forward)):
+        projections = ATTENTION_PROJECTIONS if self.projection in ATTENTION_PROJECTIONS else PROJECTIONS
+        for registry, name in ((NORMS, self.norm), (projections, self.projection), (FEED_FORWARDS, self.feed_forward)):
             registry.check(name)
         super().__post_init__(**kwargs)
 

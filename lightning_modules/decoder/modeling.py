@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration import DecoderConfig
 from .feed_forward import StackedExperts
-from .slots import FEED_FORWARDS, NORMS, PROJECTIONS
+from .slots import ATTENTION_PROJECTIONS, FEED_FORWARDS, NORMS, PROJECTIONS
 from .tokens import TokenContext
 
 
@@ -65,8 +65,18 @@ class Attention(nn.Module):
         def project(num_in: int, num_out: int) -> nn.Module:
             return PROJECTIONS.build(config.projection, config, num_in, num_out, bias, **options)
 
-        self.q_proj, self.k_proj, self.v_proj = project(d, width), project(d, kv_width), project(d, kv_width)
-        self.o_proj = project(width, d)
+        self.qkv_proj: nn.Module | None = None
+        if config.projection in ATTENTION_PROJECTIONS:
+            if width != d:
+                raise ValueError(
+                    f"projection {config.projection!r} has no output projection, so num_attention_heads x head_dim = "
+                    f"{width} must be hidden_size {d}; change one of them"
+                )
+            widths = (width, kv_width, kv_width)
+            self.qkv_proj = ATTENTION_PROJECTIONS.build(config.projection, config, d, widths, bias, **options)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = project(d, width), project(d, kv_width), project(d, kv_width)
+            self.o_proj = project(width, d)
 
     def forward(
         self,
@@ -78,9 +88,11 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Map (B, T, d) to (B, T, d) and, for the eager implementation, the attention weights (B, H, T, S)."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)  # (B, H, T, head_dim)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        if self.qkv_proj is None:
+            projected = (project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj))
+        else:
+            projected = self.qkv_proj(hidden_states)
+        query, key, value = (part.reshape(shape).transpose(1, 2) for part in projected)  # (B, H, T, head_dim)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -89,7 +101,16 @@ class Attention(nn.Module):
         )
         dropout = self.config.attention_dropout if self.training else 0.0
         out, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
-        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+        out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
+        return (out if self.qkv_proj is not None else self.o_proj(out)), weights
+
+
+@runtime_checkable
+class SelfInitialised(Protocol):
+    """A module of a method that fills its own parameters, through `transformers.initialization`."""
+
+    def initialise(self, initializer_range: float) -> None:
+        """Fill the parameters; the argument is the configuration's standard deviation."""
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -160,6 +181,8 @@ class DecoderPreTrainedModel(PreTrainedModel):
         if isinstance(module, StackedExperts):
             initialization.normal_(module.up, std=self.config.initializer_range)
             initialization.normal_(module.down, std=self.config.initializer_range)
+        elif isinstance(module, SelfInitialised):
+            module.initialise(self.config.initializer_range)
 
 
 class DecoderRotaryEmbedding(GPTNeoXRotaryEmbedding):
@@ -189,6 +212,8 @@ class DecoderModel(DecoderPreTrainedModel):
         super().__init__(config)
         self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        # a layer that looks up what came before the current tokens says so
+        self._reads_history = any(getattr(layer.feed_forward, "reads_history", False) for layer in self.layers)
         self.norm = NORMS.build(config.norm, config, config.hidden_size, **config.options("norm"))
         self.rotary = DecoderRotaryEmbedding(config)  # type: ignore[arg-type]  # reads the same fields
         self.gradient_checkpointing = False
@@ -257,6 +282,8 @@ class DecoderModel(DecoderPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        if self._reads_history:
+            tokens.begin(past_key_values)
         hidden_states = F.dropout(inputs_embeds, self.config.embedding_dropout, self.training)
         position_embeddings = self.rotary(hidden_states, position_ids=position_ids)
         for layer in self.layers:

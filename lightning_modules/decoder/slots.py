@@ -4,6 +4,8 @@ Builders get the `DecoderConfig`, the place in the model, and the slot's options
 
 - norm: `build(config, size, **options) -> Module` mapping (..., size) to (..., size)
 - projection: `build(config, in_features, out_features, bias, **options) -> Module`
+- attention projection, in place of the projection: `build(config, in_features, (query, key, value widths), bias,
+  **options) -> Module` mapping (..., in_features) to the three at once; attention then has no output projection
 - feed-forward: `build(config, layer_index, **options) -> Module`, called as `module(hidden_states, tokens)` with the
   normalised residual stream (B, T, d) and the `TokenContext` of the forward pass
 """
@@ -36,6 +38,9 @@ class Registry:
 
         return add
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._builders
+
     def check(self, name: str) -> None:
         """Raise a ValueError with the nearest names when nothing is registered under `name`."""
         if name not in self._builders:
@@ -58,6 +63,7 @@ class Registry:
 
 NORMS = Registry("norm")
 PROJECTIONS = Registry("projection")
+ATTENTION_PROJECTIONS = Registry("projection")
 FEED_FORWARDS = Registry("feed-forward")
 
 
