@@ -1,4 +1,4 @@
-"""`tenfold export`: a checkpoint or model folder into a plain model folder, or into the lookup form of MoLE."""
+"""`tenfold export`: a checkpoint or model folder into a plain model folder, or a method's form for inference."""
 
 import argparse
 import itertools
@@ -28,9 +28,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, type=Path, help="new folder to write")
     parser.add_argument(
         "--form",
-        choices=("plain", "lookup"),
+        choices=("plain", "lookup", "memory"),
         default="plain",
-        help="plain: config.json, safetensors and tokenizer; lookup: MoLE's experts as a table on disk",
+        help="plain: config.json, safetensors and tokenizer; lookup: MoLE's experts as a table on disk; memory: "
+        "MemoryFormer's tables as 8-bit rows, or as they are with --dtype float16",
     )
     parser.add_argument("--tokenizer", help="tokenizer folder, hub id or asset:NAME; the model's own by default")
     parser.add_argument(
@@ -82,19 +83,37 @@ def main(argv: list[str]) -> int:
         )
     if args.score_text is not None and not Path(args.score_text).is_file():
         raise FileNotFoundError(f"--score-text {args.score_text}: no such file")
+    if args.form == "memory" and args.dtype not in (None, "float16"):
+        raise ValueError(
+            f"--dtype {args.dtype} is no form of stored tables; use float16, or leave it out for 8-bit rows"
+        )
     # a folder that is taken should be told before the model is loaded
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise ValueError(f"--output {args.output} exists; name a new folder or remove it")
     source = load_source(args.model, dtype="stored")
-    tokenizer = source_tokenizer(source, args.tokenizer)
+    # a model of symbols that are no text has none
+    textless = args.form == "plain" and source.tokenizer is None and args.tokenizer is None
+    tokenizer = None if textless else source_tokenizer(source, args.tokenizer)
     if args.form == "lookup":
         _export_lookup(source.model, tokenizer, args)
+    elif args.form == "memory":
+        from ...lightning_modules.memoryformer.inference import export_tables
+
+        with new_folder(args.output) as folder:
+            found = export_tables(
+                source.model, folder, table_format="float16" if args.dtype else "int8", tokenizer=tokenizer
+            )
+        print(
+            f"tables: {found['table_bytes']:,.0f} bytes, {found['training_table_bytes']:,.0f} in the training form; "
+            f"error of the stored values: {found['relative_rms_error']:.2e} of their size (RMS)"
+        )
     else:
         with new_folder(args.output) as folder:
             model = source.model if args.dtype is None else source.model.to(getattr(torch, args.dtype))
             model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    print(f"written: {args.output}")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+    print(f"written: {args.output}" + (" (no tokenizer is known; --tokenizer adds one)" if textless else ""))
     return 0
 
 
