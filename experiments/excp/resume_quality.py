@@ -116,6 +116,16 @@ def start(study: Study, beta2: float, seed: int, text: Text) -> dict[str, Any]:
     return copy.deepcopy(training.state())
 
 
+def kept_start(study: Study, beta2: float, seed: int, text: Text, folder: Path) -> dict[str, Any]:
+    """`start`, from `folder` where it was done before."""
+    path = folder / f"start-{beta2}-{seed}.pt"
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        torch.save(start(study, beta2, seed, text), partial)
+        os.replace(partial, path)
+    return torch.load(path, weights_only=True)
+
+
 def one_run(study: Study, mode: str, beta2: float, seed: int, text: Text, first: dict[str, Any]) -> dict[str, Any]:
     """One run with its resumes.
 
@@ -233,7 +243,7 @@ def run_study(study: Study, folder: Path, report: Callable[[str], None] = print)
                 record = folder / f"{name}-{beta2}-{seed}.json"
                 if not record.exists():
                     text = text or Text(settings_of(study, beta2, seed))
-                    first = first or start(study, beta2, seed, text)
+                    first = first or kept_start(study, beta2, seed, text, folder)
                     if name == "rate_distortion":
                         result: Any = rate_distortion(study, beta2, text, first)
                     else:
