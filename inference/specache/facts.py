@@ -36,6 +36,7 @@ def cache_facts(cache: Cache, config: PreTrainedConfig, dtype: torch.dtype, *, d
         "full_cache_bytes": CacheShape.of(config, dtype).full_bytes(len(cache.lengths), cache.capacity),
         "forward_passes": statistics.forwards,
         "steps": statistics.steps,
+        "pre_decodes": statistics.pre_decodes,
         "bytes_to_device": statistics.bytes_to_device,
         "bytes_to_host": statistics.bytes_to_host,
         "wait_seconds": statistics.exposed_wait_seconds,
@@ -71,8 +72,9 @@ def facts_line(facts: dict[str, Any]) -> str:
     if facts.get("host_bytes"):
         text += f", {facts['host_bytes']:,} on the host"
     if facts.get("bytes_to_device"):
-        per_step = facts["bytes_to_device"] // max(facts["steps"], 1)
-        text += f", {facts['bytes_to_device']:,} fetched ({per_step:,} per step)"
+        # the last pass fetches for a step that does not come; a pre-decode fetches for the first
+        fetches = max(facts["steps"] + facts["pre_decodes"], 1)
+        text += f", {facts['bytes_to_device']:,} fetched ({facts['bytes_to_device'] // fetches:,} at a time)"
     for ratio, what in (("speculation_hit_ratio", "guesses were right"), ("coverage_ratio", "wanted rows were there")):
         if ratio in facts:
             text += f", {100 * facts[ratio]:.1f} % of {what}"

@@ -86,14 +86,14 @@ def test_generate_tells_bytes_transfers_and_hits(folder: Path, capsys) -> None:
     line = err.splitlines()[-1]
     found = re.fullmatch(
         r"cache specache: ([\d,]+) bytes on the device \((0\.\d+) of a full cache\), ([\d,]+) on the host, "
-        r"([\d,]+) fetched \(([\d,]+) per step\), [\d.]+ % of guesses were right, [\d.]+ % of wanted rows were there",
+        r"([\d,]+) fetched \(([\d,]+) at a time\), [\d.]+ % of guesses were right, [\d.]+ % of wanted rows were there",
         line,
     )
     assert found, line
-    device, host, fetched, _ = (int(found[group].replace(",", "")) for group in (1, 3, 4, 5))
+    device, host, fetched, each = (int(found[group].replace(",", "")) for group in (1, 3, 4, 5))
     assert float(found[2]) == pytest.approx(device / host, abs=5e-4)
     # pre-decode and 7 steps, each 2 layers of 2 heads of 4 rows of a key and a value of 8 float32 channels
-    assert fetched == 8 * 2 * 2 * 4 * 2 * 8 * 4
+    assert fetched == 8 * each == 8 * 2 * 2 * 4 * 2 * 8 * 4
 
 
 @pytest.mark.parametrize(
