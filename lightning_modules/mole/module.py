@@ -3,10 +3,12 @@
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from ..decoder import DecoderConfig
 from ..language_model import CausalLMModule
+from .memory_plan import training_plan
 from .presets import RECIPES
 
 
@@ -49,6 +51,13 @@ class MoLELightning(CausalLMModule):
         if config.feed_forward != "mole":
             raise ValueError(f"MoLELightning needs feed_forward 'mole', {model!r} has {config.feed_forward!r}")
         return config
+
+    def on_fit_start(self) -> None:
+        """Say what the preset takes before training starts."""
+        data = getattr(self.trainer, "datamodule", None)
+        tokens = (getattr(data, "batch_size", None) or 0) * (getattr(data, "sequence_length", None) or 0)
+        plan = training_plan(self.model, tokens_per_micro_batch=tokens)
+        rank_zero_info(plan.describe(self.trainer.world_size))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one micro-batch, and how often its ids repeat."""
