@@ -5,6 +5,7 @@ import lazy_loader as lazy
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
+        "bucket_use": ["BucketUse"],
         "checkpoint": ["RunCheckpoint"],
         "checkpoint_io": ["AtomicCheckpointIO"],
         "excp.checkpoint_io": ["ExCPCheckpointIO"],
