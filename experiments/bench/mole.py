@@ -50,11 +50,12 @@ def _decoding_rows(size: str, folder: Path, settings: Settings) -> Iterator[Row]
     rivals: dict[str, Rival] = {"dense": Rival(dense, None), "moe_resident": Rival(resident, None)}
     for storage in STORAGES:
         rivals[f"mole {storage}"] = lookup_model(dense, folder / "table", 4, storage)
-    for name, options in {
+    ways: dict[str, dict[str, Any]] = {
         "lru mmap": {"storage": "mmap"},
         "in place mmap": {"storage": "mmap", "in_place": True},
         "lru direct": {"storage": "direct"},
-    }.items():
+    }
+    for name, options in ways.items():
         rivals[name] = offloaded_model(resident, folder / "experts", **options)[0]
     _check(rivals, settings)
     for batch in (1, 8) if settings.quick else (1, 8, 32):

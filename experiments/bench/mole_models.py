@@ -82,8 +82,9 @@ def moe_model(preset: str, path: Path | None, **fields: Any) -> DecoderForCausal
 
 def offloaded_model(resident: DecoderForCausalLM, path: Path, **options: Any) -> tuple[Rival, ExpertCache]:
     """The MoE decoder again, all but its experts shared with the resident one, these read from the file."""
+    config: Any = resident.config
     with torch.device("meta"):
-        model = DecoderForCausalLM(resident.config).to(resident.dtype)
+        model: Any = DecoderForCausalLM(config)
     model.load_state_dict(resident.state_dict(), assign=True)
     # buffers are no part of the state, and were made on no device
     model.model.rotary = resident.model.rotary

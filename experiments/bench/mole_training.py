@@ -66,7 +66,7 @@ def training_rows(size: str, settings: Settings) -> Iterator[Row]:
         model = DecoderForCausalLM(config).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
         times: dict[str, list[float]] = {"distinct": [], "naive": []}
-        grads = {}
+        grads: dict[str, Any] = {}
         for repeat in range(1 + (2 if settings.quick else 3)):
             for how in times:
                 elapsed, grad = _step(model, optimizer, ids, how, keep=repeat == 0)
@@ -102,10 +102,10 @@ def building_rows(size: str, folder: Path, settings: Settings) -> Iterator[Row]:
     model = DecoderForCausalLM(decoder_config(f"mole-{size}-4e", vocab_size=num_rows)).eval()
     limit = 2**28
     for kind in ("none", "nf4"):
-        plan = plan_table(model, "bfloat16", limit, quantisation=kind)  # type: ignore[arg-type]
+        plan = plan_table(model, "bfloat16", limit, quantisation=kind)
         with PeakMemory() as memory:
             begin = time.perf_counter()
-            write_table(model, folder / kind, memory_limit_bytes=limit, quantisation=kind)  # type: ignore[arg-type]
+            write_table(model, folder / kind, memory_limit_bytes=limit, quantisation=kind)
             elapsed = Timing((time.perf_counter() - begin) * 1e3, 0.0, 1)
         case = f"{size}-4e quantisation={kind} ids={num_rows}"
         yield Row(case, "build_mb_s", plan.file_bytes / elapsed.median_ms / 1e3, "MB/s")
