@@ -7,7 +7,7 @@ scored by the tasks' own code. Finished batches are kept in a file; a run that w
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -54,10 +54,10 @@ class Study:
     model: str = "asset:smollm2-135m"
     dtype: str = "bfloat16"
     lengths: tuple[int, ...] = (2048,)
-    depths: tuple[float, ...] = (0.0, 25.0, 50.0, 75.0, 100.0)
-    rounds: int = 3
-    batch_size: int = 4
-    scored_tokens: int = 32
+    depths: tuple[float, ...] = (10.0, 50.0, 90.0)
+    rounds: int = 8
+    batch_size: int = 2
+    scored_tokens: int = 16
     seed: int = 0
     top_k: int = 64
     residual_length: int = 64
@@ -191,7 +191,14 @@ def run_study(study: Study, folder: Path, report: Callable[[str], None]) -> dict
         if batch.key in done:
             continue
         start = time.perf_counter()
-        found = _run_batch(study, source.model, tokenizer, batch, reasons)
+        part = path.with_suffix(".part.json")
+        kept = json.loads(part.read_text(encoding="utf-8")) if part.exists() else {}
+        found = kept.get("methods", {}) if kept.get("key") == batch.key else {}
+        for label, values in _run_batch(study, source.model, tokenizer, batch, reasons, skip=set(found)):
+            found[label] = values
+            # method by method: a run that is stopped loses one
+            part.with_suffix(".tmp").write_text(json.dumps({"key": batch.key, "methods": found}), encoding="utf-8")
+            part.with_suffix(".tmp").replace(part)
         record = {"key": batch.key, "suite": batch.suite, "task": batch.task, "length": batch.length,
                   "number": batch.number, "depths": batch.depths, "methods": found}  # fmt: skip
         with path.open("a", encoding="utf-8") as file:
@@ -212,7 +219,10 @@ def _finished(path: Path) -> dict[str, dict[str, Any]]:
     return {record["key"]: record for record in map(json.loads, whole.splitlines())}
 
 
-def _run_batch(study: Study, model: Any, tokenizer: Any, batch: Batch, reasons: dict[str, str]) -> dict[str, Any]:
+def _run_batch(
+    study: Study, model: Any, tokenizer: Any, batch: Batch, reasons: dict[str, str], *, skip: Collection[str] = ()
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What every method gives, with its label; those that cannot run here leave their reason."""
     continuation = None
     if batch.score is None:
         rows = [tokenizer(text, add_special_tokens=False)["input_ids"][: batch.length] for text in batch.texts]
@@ -224,8 +234,9 @@ def _run_batch(study: Study, model: Any, tokenizer: Any, batch: Batch, reasons: 
         ids, mask = encoded["input_ids"], encoded["attention_mask"]
     prompt = record_prompt(model, ids, attention_mask=mask)
     shape, capacity = CacheShape.of(model.config, model.dtype), ids.shape[1] + batch.new_tokens - 1
-    found = {}
     for method in methods():
+        if method.label in skip:
+            continue
         try:
             cache = method.build(model.config, shape, study.options(method.bits or 2), capacity)
         except ValueError as error:
@@ -240,13 +251,15 @@ def _run_batch(study: Study, model: Any, tokenizer: Any, batch: Batch, reasons: 
             stop_ids=() if continuation is not None else _stop_ids(model, tokenizer),
             continuation=continuation,
         )
-        found[method.label] = {
-            "device_bytes": _device_bytes(method, cache, shape, len(ids), capacity),
-            "seconds": round(time.perf_counter() - start, 2),
-            **_scores(batch, tokenizer, tokens, logits),
-            **_hits(cache),
-        }
-    return found
+        yield (
+            method.label,
+            {
+                "device_bytes": _device_bytes(method, cache, shape, len(ids), capacity),
+                "seconds": round(time.perf_counter() - start, 2),
+                **_scores(batch, tokenizer, tokens, logits),
+                **_hits(cache),
+            },
+        )
 
 
 def _scores(batch: Batch, tokenizer: Any, tokens: torch.Tensor, logits: torch.Tensor) -> dict[str, Any]:

@@ -1,21 +1,26 @@
-"""What a small trained decoder recalls with each cache: the ordering of the methods, rows, bits and levels, by seed.
+"""What a model recalls from far back with each cache: the ordering of the methods, rows, bits and levels, by seed.
 
-The model was trained by `tenfold fit -c experiments/specache/tiny.yaml`; it knows nothing but to look up the symbol
-that followed. Each prompt holds many chains and asks for one; an answer counts when all its values are right.
-The first value comes from the prefill, which is exact with every cache; the others are decoded.
+Each prompt holds many chains of symbols, no two alike, and asks for one: its first symbol is repeated, and the rest has
+to be looked up. The answers are fed token by token, and counted where the model would have said the same, so that all
+caches are asked the same. The first token after the prompt comes from the prefill and does not count.
+
+By default the model is SmolLM2-135M and symbols are words of its own; a folder that `tenfold fit -c
+experiments/specache/tiny.yaml` and `tenfold export` have made is another choice.
 """
 
-from dataclasses import asdict, dataclass, field
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache
 
-from ... import lightning_modules as _lightning_modules  # noqa: F401 (registers the model type)
 from ...datamodules import recall_prompts
+from ...datamodules.retrieval import FIRST_SYMBOL
 from ...inference.specache import (
     CacheShape,
     RecordedPrompt,
@@ -26,8 +31,7 @@ from ...inference.specache import (
     equal_bytes_options,
     record_prompt,
 )
-
-MODEL = Path(__file__).parent / "recall_model"
+from ..model_source import load_source, source_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,26 +39,30 @@ class Recall:
     """Sizes of the study.
 
     Attributes:
+        model: Model by name.
+        dtype: Of the model and of what caches keep in full.
         seeds: Of the prompts.
         num_prompts: Prompts per seed.
         num_keys: Chains per prompt.
-        value_length: Values per key.
+        value_length: Symbols per chain after the first.
+        vocab_size: Symbols to draw from, and two more.
         top_k: Exact rows.
         rows: Numbers of exact rows whose trend is shown.
         residual_length: SpeCache's residual.
         group_size: Values that share a scale.
-        dtype: Of the model and of what caches keep in full.
     """
 
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    num_prompts: int = 32
-    num_keys: int = 30
-    value_length: int = 7
-    top_k: int = 16
-    rows: tuple[int, ...] = (0, 4, 8, 16, 32, 64, 256)
-    residual_length: int = 16
-    group_size: int = 16
+    model: str = "asset:smollm2-135m"
     dtype: str = "bfloat16"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    num_prompts: int = 6
+    num_keys: int = 40
+    value_length: int = 7
+    vocab_size: int = 1024
+    top_k: int = 32
+    rows: tuple[int, ...] = (0, 16, 32, 64, 128, 256)
+    residual_length: int = 32
+    group_size: int = 32
 
     def options(self, bits: int) -> SpeCacheOptions:
         """The SpeCache that sets the budget at so many bits."""
@@ -68,68 +76,110 @@ class Recalled:
     """One cache on the prompts of one seed.
 
     Attributes:
-        answers: Share of answers that are right in all their values, 0 to 1.
-        tokens: Share of decoded values that are right.
-        divergence: Mean Kullback-Leibler divergence from the full cache along the right answers, in nats.
+        tokens: Share of looked-up symbols that the model would have said, 0 to 1.
+        nats: Mean negative log-likelihood of the looked-up symbols.
+        divergence: Mean Kullback-Leibler divergence from the full cache, in nats.
         device_bytes: Per sequence.
         hit_ratio: Share of guesses that were right, of a SpeCache.
         coverage_ratio: Share of each token's own rows that were there, of a SpeCache.
-        by_chain: Share of right answers by fifth of the prompt in which the chain lies, first to last.
     """
 
-    answers: float
     tokens: float
+    nats: float
     divergence: float
     device_bytes: int
     hit_ratio: float | None = None
     coverage_ratio: float | None = None
-    by_chain: list[float] = field(default_factory=list)
 
 
-def load_recall_model(dtype: str = "bfloat16", folder: Path = MODEL) -> Any:
-    """The trained decoder.
+def run_recall(study: Recall, folder: Path, report: Callable[[str], None]) -> dict[str, Any]:
+    """Run what is not in the folder yet.
 
-    Raises:
-        FileNotFoundError: It is not there; the message says how to make it.
-    """
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} has no model: make it with tenfold fit -c experiments/specache/tiny.yaml and tenfold export"
-        )
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-
-
-def run_recall(study: Recall, *, folder: Path = MODEL) -> dict[str, Any]:
-    """Run all caches on all seeds.
+    Args:
+        study: Sizes.
+        folder: Where finished seeds are kept.
+        report: Told about every seed.
 
     Returns:
         The study's sizes, and by label one `Recalled` per seed, as plain dictionaries.
+
+    Raises:
+        ValueError: The model is not there, or has too few words of one token.
     """
-    model = load_recall_model(study.dtype, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(json.dumps(asdict(replace(study, seeds=())), sort_keys=True).encode()).hexdigest()[:12]
+    source, symbols = None, None
     found: dict[str, list[dict[str, Any]]] = {}
     for seed in study.seeds:
-        for label, recalled in recall_of_seed(study, model, seed).items():
-            found.setdefault(label, []).append(asdict(recalled))
-    return {"study": asdict(study), "parameters": model.num_parameters(), "caches": found}
+        path = folder / f"recall-{digest}-{seed}.json"
+        seen = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not seen.get("complete"):
+            if source is None:
+                source = load_source(study.model, dtype=study.dtype)  # type: ignore[arg-type]
+                symbols = symbol_ids(source_tokenizer(source), study.vocab_size) if source.tokenizer else None
+            for label, recalled in recall_of_seed(study, source.model, seed, symbols, skip=set(seen)):
+                seen[label] = asdict(recalled)
+                # cache by cache: a run that is stopped loses one
+                _replace(path, seen)
+            seen["complete"] = True
+            _replace(path, seen)
+            report(f"recall, seed {seed}")
+        for label, values in seen.items():
+            if label != "complete":
+                found.setdefault(label, []).append(values)
+    return {"study": asdict(study), "caches": found}
 
 
-def recall_of_seed(study: Recall, model: Any, seed: int) -> dict[str, Recalled]:
-    """All caches on the prompts of one seed, by label."""
+def _replace(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def symbol_ids(tokenizer: Any, count: int) -> torch.Tensor:
+    """(count,) token ids: an end of line twice, then words of one token, the most frequent first.
+
+    Raises:
+        ValueError: There are too few.
+    """
+    line = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    # byte-level vocabularies write a space in front of a word as this letter
+    words = [number for text, number in vocabulary if text[:1] == "\u0120" and len(text) > 4 and text[1:].islower()]
+    words = [number for number in words if tokenizer.convert_ids_to_tokens(number)[1:].isascii()]
+    if len(words) < count - FIRST_SYMBOL:
+        raise ValueError(f"the tokenizer has {len(words)} words of one token, {count - FIRST_SYMBOL} are needed")
+    return torch.tensor([line, line, *words[: count - FIRST_SYMBOL]])
+
+
+def recall_of_seed(
+    study: Recall, model: Any, seed: int, symbols: torch.Tensor | None = None, *, skip: Collection[str] = ()
+) -> Iterator[tuple[str, Recalled]]:
+    """All caches on the prompts of one seed, with their labels.
+
+    Args:
+        study: Sizes.
+        model: The model.
+        seed: Of the prompts.
+        symbols: (vocab_size,) token ids of the symbols; the symbols' own numbers when None.
+        skip: Labels of caches that are not asked for.
+    """
     prompts = recall_prompts(
         num_prompts=study.num_prompts,
         num_keys=study.num_keys,
         value_length=study.value_length,
-        vocab_size=model.config.vocab_size,
+        vocab_size=study.vocab_size,
         seed=seed,
     )
-    prompt = record_prompt(model, prompts.input_ids)
-    _, full = decode_recorded(model, prompt, build_cache("full", model.config)[0], continuation=prompts.answers)
-    capacity = prompts.input_ids.shape[1] + study.value_length - 1
-    fifths = prompts.asked * 5 // study.num_keys
-    return {
-        label: _recalled(model, prompt, build, prompts.answers, full, fifths)
-        for label, build in _caches(study, model, capacity).items()
-    }
+    ids, answers = prompts.input_ids, prompts.answers
+    if symbols is not None:
+        ids, answers = symbols[ids], symbols[answers]
+    prompt = record_prompt(model, ids)
+    _, full = decode_recorded(model, prompt, build_cache("full", model.config)[0], continuation=answers)
+    capacity = ids.shape[1] + study.value_length - 1
+    for label, build in _caches(study, model, capacity).items():
+        if label not in skip:
+            yield label, _recalled(model, prompt, build(), answers, full)
 
 
 def _caches(study: Recall, model: Any, capacity: int) -> dict[str, Any]:
@@ -159,32 +209,24 @@ def _caches(study: Recall, model: Any, capacity: int) -> dict[str, Any]:
     return found
 
 
-def _recalled(
-    model: Any, prompt: RecordedPrompt, build: Any, answers: torch.Tensor, full: torch.Tensor, fifths: torch.Tensor
-) -> Recalled:
-    cache: Cache = build()
-    tokens, _ = decode_recorded(model, prompt, cache, num_tokens=answers.shape[1])
-    right = tokens == answers
+def _recalled(model: Any, prompt: RecordedPrompt, cache: Cache, answers: torch.Tensor, full: torch.Tensor) -> Recalled:
+    _, logits = decode_recorded(model, prompt, cache, continuation=answers)
     hits: dict[str, Any] = {}
     if isinstance(cache, SpeCache) and cache.speculative:
         statistics = cache.statistics
         hits = {"hit_ratio": statistics.speculation_hit_ratio, "coverage_ratio": statistics.coverage_ratio}
-    # along the right answers, so that all caches are asked the same
-    _, logits = decode_recorded(model, prompt, build(), continuation=answers)
     p, q = (values[:, 1:].double().log_softmax(-1) for values in (full, logits))
-    divergence = (p.exp() * (p - q)).sum(-1).mean().item()
-    whole = right.all(1).double()
+    wanted = answers[:, 1:]
     return Recalled(
-        answers=whole.mean().item(),
-        tokens=right[:, 1:].double().mean().item(),
-        divergence=divergence,
+        tokens=(q.argmax(-1) == wanted).double().mean().item(),
+        nats=-q.gather(2, wanted.unsqueeze(2)).mean().item(),
+        divergence=(p.exp() * (p - q)).sum(-1).mean().item(),
         device_bytes=getattr(cache, "device_bytes", 0) // len(answers),
-        by_chain=[whole[fifths == fifth].mean().item() for fifth in range(5)],
         **hits,
     )
 
 
-def mean_and_spread(result: dict[str, Any], label: str, name: str = "answers") -> tuple[float, float]:
+def mean_and_spread(result: dict[str, Any], label: str, name: str = "tokens") -> tuple[float, float]:
     """Mean and standard deviation over seeds."""
     values = [each[name] for each in result["caches"][label]]
     return fmean(values), stdev(values) if len(values) > 1 else 0.0

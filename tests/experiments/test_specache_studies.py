@@ -56,7 +56,7 @@ def test_a_batch_records_every_method_at_equal_bytes(model, tokenizer) -> None:
 
     batch = Batch("needle", "needle", 64, 0, TEXTS, 6, score, (0.0, 100.0))
     reasons: dict[str, str] = {}
-    found = real_text._run_batch(STUDY, model, tokenizer, batch, reasons)
+    found = dict(real_text._run_batch(STUDY, model, tokenizer, batch, reasons))
     assert set(found) | set(reasons) == {method.label for method in methods()}
     assert all(values["scores"] == [0.0, 0.25] for values in found.values())
     assert len(asked) == 2 * len(found)
@@ -78,7 +78,7 @@ def test_perplexity_counts_decoded_tokens_only(model, tokenizer) -> None:
     text = " ".join(TEXTS)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     batch = Batch("perplexity", "perplexity", len(ids), 0, (text,), 5, None)
-    found = real_text._run_batch(STUDY, model, tokenizer, batch, {})
+    found = dict(real_text._run_batch(STUDY, model, tokenizer, batch, {}))
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits.log_softmax(-1)[0]
     wanted = -sum(logits[place - 1, ids[place]].item() for place in range(len(ids) - 4, len(ids))) / 4
