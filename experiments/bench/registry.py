@@ -59,6 +59,7 @@ BENCHES: dict[str, Bench] = {
     "specache-quality": Bench(
         "specache_quality", "SpeCache and other caches of its size on real text: needle, longbench-local"
     ),
+    "memoryformer": Bench("memoryformer", "hash-and-gather layers and blocks against dense ones, by tokens and width"),
     "weighted-gather": Bench("weighted_gather", "weighted sums of table rows, forward and backward"),
 }
 

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 from ..weighted_gather import weighted_gather
+from .reference import Weighting, bucket_weights, split
+
+# float32 holds row numbers exactly up to here
+_EXACT_ROWS = 2**24
 
 
 @lru_cache(maxsize=64)
@@ -14,6 +18,24 @@ def _bag_starts(num_bags: int, num_terms: int, parts: int) -> Tensor:
     with torch.inference_mode(False):
         within = torch.arange(parts) * num_terms // parts
         return (torch.arange(num_bags)[:, None] * num_terms + within).reshape(-1)
+
+
+@lru_cache(maxsize=64)
+def _constants(num_terms: int, num_bits: int) -> tuple[Tensor, Tensor]:
+    """Powers of two of a sub-vector's bits, and the first row of every table: (num_bits,) and (K,) float32."""
+    with torch.inference_mode(False):
+        powers = 2.0 ** torch.arange(num_bits - 1, -1, -1, dtype=torch.float32)
+        return powers, torch.arange(num_terms, dtype=torch.float32) * 2.0**num_bits
+
+
+def hash_rows(x: Tensor, num_bits: int, weighting: Weighting, temperature: float) -> tuple[Tensor, Tensor]:
+    """`sign_hash` of (T, d) without a gradient: for a few tokens the number of calls is the cost, so it is kept low."""
+    z, padding = split(x, num_bits)
+    num_tokens, num_terms, _ = z.shape
+    powers, first = _constants(num_terms, num_bits)
+    codes = torch.mv(z.ge(0).float().view(-1, num_bits), powers).view(num_tokens, num_terms)
+    rows = (codes + first).long() if num_terms << num_bits <= _EXACT_ROWS else codes.long() + first.long()
+    return rows, bucket_weights(z, padding, weighting, temperature)
 
 
 def _parts(num_tokens: int, num_terms: int) -> int:

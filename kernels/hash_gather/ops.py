@@ -196,10 +196,15 @@ def _pick(backend: Backend | None, x: Tensor) -> Backend:
 
 
 def _hash(x: Tensor, num_bits: int, weighting: Weighting, temperature: float) -> tuple[Tensor, Tensor]:
+    needs_grad = torch.is_grad_enabled() and x.requires_grad
+    if x.device.type == "cpu" and x.dim() == 2 and not needs_grad and not torch.compiler.is_compiling():
+        rows, weights = cpu_hash_gather.hash_rows(x, num_bits, weighting, temperature)
+        _refuse_nan(weights, x)
+        return rows, weights
     z, padding = split(x, num_bits)
     rows = sign_codes(z.detach())
     rows = rows + torch.arange(0, rows.shape[-1] << num_bits, 1 << num_bits, device=x.device)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if needs_grad:
         weights = _BucketWeights.apply(z, padding, weighting, temperature)
     else:
         weights = bucket_weights(z, padding, weighting, temperature)
