@@ -1,7 +1,7 @@
 """What a pretrained model finds in real text with SpeCache and with other caches of equal device bytes.
 
-Half an hour or more on two CPU cores. Finished batches of prompts are kept in `runs/bench/specache-quality`; started
-again, it goes on after the last one. All answers lie there too, and the picture.
+Hours on two CPU cores. What every cache gave is kept in `runs/bench/specache-quality`; started again, it goes on where
+it was. All answers lie there too, and the picture.
 """
 
 import json
@@ -11,18 +11,23 @@ from pathlib import Path
 
 from ..specache.picture import draw
 from ..specache.real_text import PERPLEXITY, QUICK, Score, Study, run_study, summary
+from ..specache.recall import Recall, run_recall
 from .registry import Settings
 from .rows import Row, missing_peer, ratio
 
 FOLDER = Path("runs", "bench", "specache-quality")
 _CASES = {"longbench_local": "longbench-local", "needle": "needle", PERPLEXITY: PERPLEXITY}
+QUICK_RECALL = Recall(seeds=(0,), num_prompts=1, num_keys=12, rows=(0, 32))
 _PEERS = ("full", "quantized", "kivi", "window", "h2o")
 
 
 def run(settings: Settings) -> Iterator[Row]:
     """Rows by suite and bits: scores, decoded perplexity, device bytes, and gaps to the full cache."""
+    recalled = run_recall(QUICK_RECALL if settings.quick else Recall(), FOLDER, _tell)
+    (FOLDER / "recall.json").write_text(json.dumps(recalled, indent=1) + "\n", encoding="utf-8")
+    yield from _recall_rows(recalled)
     study = QUICK if settings.quick else Study(seed=settings.seed)
-    result = run_study(study, FOLDER, lambda line: print(f"specache-quality: {line}", flush=True))
+    result = run_study(study, FOLDER, _tell)
     (FOLDER / "study.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     draw(result, FOLDER / "specache_quality.png")
     for suite, case in _CASES.items():

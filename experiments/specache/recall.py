@@ -10,7 +10,7 @@ experiments/specache/tiny.yaml` and `tenfold export` have made is another choice
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tenfold.experiments.bench.specache_quality import _rows
+from tenfold.experiments.bench.specache_quality import _recall_rows, _rows
 from tenfold.experiments.specache import real_text
 from tenfold.experiments.specache.methods import methods
 from tenfold.experiments.specache.picture import draw
@@ -111,6 +111,23 @@ def test_rows_have_the_published_names_and_reasons() -> None:
     assert by_peer["full"].value == by_peer["full"].peer_value == 75.0
     gap = next(row for row in rows if row.metric == "gap_to_full")
     assert (gap.value, gap.bound_value) == (0.0, -1.0)
+
+
+def test_recall_rows_compare_means_over_seeds() -> None:
+    labels = {"full": 0.0, "kivi-1-centred": 0.5}
+    for bits in (2, 1):
+        labels |= {f"{name}-{bits}": 0.25 for name in ("exact-fetch", "specache", "kivi", "window", "h2o")}
+        labels |= {f"specache-{bits} k=0": 0.5, f"specache-{bits} k=8": 0.125}
+    measures = ("tokens", "nats", "divergence", "hit_ratio", "coverage_ratio")
+    caches = {label: [dict.fromkeys(measures, value + step) for step in (0, 2)] for label, value in labels.items()}
+    rows = list(_recall_rows({"study": {"seeds": (0, 1), "rows": (0, 8)}, "caches": caches}))
+    found = {(row.case, row.metric, row.peer): row for row in rows}
+    tokens = found["recall bits=1", "tokens", "full"]
+    assert (tokens.value, tokens.peer_value, tokens.ratio, tokens.repeats) == (1.25, 1.0, 1.25, 2)
+    assert found["recall bits=2", "divergence", "h2o-2"].ratio == 1.0
+    assert found["recall bits=2 rows=8", "divergence", "full"].value == 1.125
+    levels = found["recall bits=1 levels=centred", "divergence", "kivi-1"]
+    assert (levels.value, levels.peer_value) == (1.5, 1.25)
 
 
 def test_finished_batches_are_read_back_and_half_a_line_is_not(tmp_path: Path) -> None:
