@@ -285,7 +285,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         panel.axhline(0.02, color="grey", linestyle=":", linewidth=1)
         panel.set_xlabel("bits per parameter (weight and both moments)")
         panel.set_title(f"$\\beta_2$ = {beta2}")
-        panel.set_xscale("log")
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:g}")
     steps = result["study"]["watched_steps"]
     panels[0].set_ylabel(f"loss over {steps} steps minus exact resume")
     panels[0].set_yscale("symlog", linthresh=1e-3)
