@@ -8,10 +8,11 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..specache.picture import draw
 from ..specache.real_text import PERPLEXITY, QUICK, Score, Study, run_study, summary
-from ..specache.recall import Recall, run_recall
+from ..specache.recall import Recall, mean_and_spread, run_recall
 from .registry import Settings
 from .rows import Row, missing_peer, ratio
 
@@ -35,6 +36,33 @@ def run(settings: Settings) -> Iterator[Row]:
         for bits in (2, 1):
             name = case if bits == 2 else f"{case} bits={bits}"
             yield from _rows(name, suite, bits, scores, result["missing"])
+
+
+def _tell(line: str) -> None:
+    print(f"specache-quality: {line}", flush=True)
+
+
+def _recall_rows(result: dict[str, Any]) -> Iterator[Row]:
+    """Symbols looked up far back: by bits and peer, then by rows and by the levels of one bit."""
+    count = len(result["study"]["seeds"])
+
+    def row(case: str, metric: str, label: str, peer: str) -> Row:
+        unit, better = ("share", True) if metric == "tokens" else ("nats", False)
+        (value, spread), (other, _) = (mean_and_spread(result, name, metric) for name in (label, peer))
+        return Row(case, metric, value, unit, peer=peer, peer_value=other,
+                   ratio=ratio(value, other, higher_is_better=better), repeats=count, spread=spread)  # fmt: skip
+
+    for bits in (2, 1):
+        ours = f"specache-{bits}"
+        for metric in ("tokens", "nats", "divergence"):
+            for peer in ("full", f"exact-fetch-{bits}", f"kivi-{bits}", f"window-{bits}", f"h2o-{bits}"):
+                yield row(f"recall bits={bits}", metric, ours, peer)
+        for rows in result["study"]["rows"]:
+            yield row(f"recall bits={bits} rows={rows}", "divergence", f"{ours} k={rows}", "full")
+        for metric in ("hit_ratio", "coverage_ratio"):
+            value, spread = mean_and_spread(result, ours, metric)
+            yield Row(f"recall bits={bits}", metric, value, "share", repeats=count, spread=spread)
+    yield row("recall bits=1 levels=centred", "divergence", "kivi-1-centred", "kivi-1")
 
 
 def _rows(case: str, suite: str, bits: int, scores: dict[str, Score], missing: dict[str, str]) -> Iterator[Row]:
