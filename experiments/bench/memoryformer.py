@@ -200,7 +200,7 @@ def _part_rows(part: str, d: int, tokens: tuple[int, ...], settings: Settings) -
                 calls["torch_composition"] = _turning(composed, inputs)
                 _check(case, ours["parameter"][0], composed[0], inputs[0])
             timings = measure(calls, device=settings.device, repeats=settings.repeats, seed=settings.seed, warmup=2)
-        bound = {"bound": BOUND, "bound_value": timings["copy"].median_ms}
+        bound: dict[str, Any] = {"bound": BOUND, "bound_value": timings["copy"].median_ms}
         metric = f"{part}_ms"
         for name in (peer, f"{peer}_bfloat16", "torch_composition"):
             row = compare(case, metric, timings["ours"], peer=name, theirs=timings.get(name), **bound)

@@ -1,6 +1,6 @@
 """`MemoryLayer`: hash tables in place of `nn.Linear`, in training and in inference form."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,8 @@ class MemoryLayer(nn.Module):
     Raises:
         ValueError: tau is not 1 to 16, or does not divide the width and `remainder` is `refuse`; an unknown name.
     """
+
+    records: Tensor
 
     def __init__(
         self,
@@ -104,7 +106,7 @@ class MemoryLayer(nn.Module):
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"the input has {x.shape[-1]} values per token, this layer takes {self.in_features}")
-        how = {"weighting": self.weighting, "temperature": self.temperature}
+        how: dict[str, Any] = {"weighting": self.weighting, "temperature": self.temperature}
         if self.table is not None:
             out = hash_gather(x, self.table, self.num_bits, **how)
         elif self.table_format == "int8":

@@ -1,0 +1,161 @@
+"""From text to stored tables and a score, through the commands; the benchmark's rows; what they refuse."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tenfold.experiments.bench import memoryformer
+from tenfold.experiments.bench.registry import BENCHES, Settings
+from tenfold.experiments.cli import main
+
+CONFIG = """
+trainer:
+  accelerator: cpu
+  max_steps: 3
+  val_check_interval: 3
+  check_val_every_n_epoch: null
+  limit_val_batches: 1
+  num_sanity_val_steps: 0
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: BucketUse
+model:
+  class_path: MemoryFormerLightning
+  init_args:
+    model:
+      preset: memoryformer-tiny
+      num_hidden_layers: 2
+      hidden_size: 32
+      num_attention_heads: 2
+      projection_options: {{num_bits: 4}}
+      feed_forward_options: {{num_bits: 4, extra_bits: 1}}
+data:
+  class_path: TextDataModule
+  init_args:
+    data: {data}
+    tokenizer: bpe:300
+    sequence_length: 32
+    batch_size: 2
+    val_fraction: 0.2
+    test_fraction: 0.2
+    cache: {cache}
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a short run with its plain form, and tables in both stored forms."""
+    folder = tmp_path_factory.mktemp("run")
+    source = Path(os.__file__).parent / "argparse.py"
+    rows = [{"text": part} for part in source.read_text(encoding="utf-8").split("\n\n") if part.strip()]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = folder / "config.yaml"
+    config.write_text(CONFIG.format(data=folder / "data.jsonl", cache=folder / "cache"), encoding="utf-8")
+    assert main(["fit", "--config", str(config), f"--run.root={folder}", "--run.experiment=e", "--run.name=n"]) == 0
+    model = str(folder / "e" / "n" / "checkpoints" / "last.ckpt")
+    assert main(["export", "--model", model, "--output", str(folder / "plain")]) == 0
+    assert main(["export", "--form", "memory", "--model", model, "--output", str(folder / "int8")]) == 0
+    half = ["export", "--form", "memory", "--dtype", "float16", "--model", model, "--output", str(folder / "half")]
+    assert main(half) == 0
+    return folder
+
+
+def test_buckets_were_counted_beside_the_metrics(run):
+    (line,) = next((run / "e" / "n").rglob("bucket_use.jsonl")).read_text().splitlines()
+    found = json.loads(line)
+    assert set(found["tables"]) == {
+        f"layers.{layer}.{part}"
+        for layer in (0, 1)
+        for part in ("attention.qkv_proj.memory", "feed_forward.first", "feed_forward.second")
+    }
+    assert 0 < found["buckets/entropy_share_min"] <= found["buckets/entropy_share"] <= 1
+
+
+def test_every_form_generates_and_the_stored_ones_are_smaller(run, capsys):
+    for name in ("plain", "half", "int8"):
+        capsys.readouterr()
+        assert main(["generate", "--model", str(run / name), "--prompt", "def ", "--max-new-tokens", "8"]) == 0
+        assert "def " in capsys.readouterr().out
+    sizes = [sum(f.stat().st_size for f in (run / n).glob("*.safetensors")) for n in ("plain", "half", "int8")]
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
+def test_the_stored_forms_are_scored_by_evaluate(run, tmp_path):
+    pytest.importorskip("lm_eval")
+    from tenfold.inference import build_wikipedia_tasks
+    from tenfold.inference.evals.loading import load_model
+
+    names = [f"{first}{second}" for first in ("Alba", "Bren", "Cald") for second in ("mere", "ford", "wick", "ton")]
+    body = "is a small town beside a slow river, known for its bridge, its market and old mills."
+    build_wikipedia_tasks([{"title": name, "text": f"{name} {body}"} for name in names], tmp_path / "data")
+    scores, ids = {}, torch.randint(300, (1, 20), generator=torch.Generator().manual_seed(0))
+    for name in ("plain", "half", "int8"):
+        output = tmp_path / name
+        task = ["--tasks", "wikipedia_bits_per_byte", "--data-dir", str(tmp_path / "data"), "--limit", "2"]
+        assert main(["evaluate", "--model", str(run / name), *task, "--output", str(output)]) == 0
+        results = json.loads(next(output.rglob("results*.json")).read_text(encoding="utf-8"))
+        scores[name] = results["results"]["wikipedia_bits_per_byte"]["bits_per_byte,none"]
+        with torch.no_grad():
+            logits = load_model(run / name)(ids).logits
+        if name == "plain":
+            exact = logits
+            continue
+        # where rounding turns the sign of a value near zero, the next layer takes another row
+        assert 0 < (logits - exact).norm() / exact.norm() < (0.1 if name == "half" else 0.3)
+        assert scores[name] == pytest.approx(scores["plain"], rel=0.02)
+
+
+def test_tables_of_another_configuration_end_with_status_2(run, tmp_path, capsys):
+    import shutil
+
+    folder = tmp_path / "changed"
+    shutil.copytree(run / "int8", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"table_format": "float16"}))
+    assert main(["generate", "--model", str(folder), "--prompt", "a"]) == 2
+    assert "weights are mismatched for its configuration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dtype", "bfloat16"], "--dtype bfloat16 is no form of stored tables"),
+        (["--quantisation", "nf4"], "--quantisation is for --form lookup"),
+    ],
+)
+def test_refusals_of_the_export(run, tmp_path, capsys, options, message):
+    command = ["export", "--form", "memory", "--model", str(run / "plain"), "--output", str(tmp_path / "x"), *options]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_benchmark_has_the_rows_that_readers_look_for(monkeypatch):
+    monkeypatch.setattr(memoryformer, "WORKING_SET_BYTES", 10**6)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert "memoryformer" in BENCHES
+    assert memoryformer.WIDTHS == (512, 768, 1024)
+    assert memoryformer.TOKENS == (1, 8, 18, 64, 512, 2048)
+    settings = Settings("cpu", quick=True)
+    rows = [row for part in ("layer", "block") for row in memoryformer._part_rows(part, 32, (1, 5), settings)]
+    for part, dense in (("layer", "linear"), ("block", "dense")):
+        for tokens in (1, 5):
+            own = [r for r in rows if r.case == f"d=32 tokens={tokens}" and r.metric == f"{part}_ms"]
+            assert {row.peer for row in own} == {dense, f"{dense}_bfloat16", "torch_composition"}
+            assert all(row.value > 0 and row.peer_value > 0 and row.bound_value > 0 for row in own)
+            for tables in ("float16", "int8"):
+                assert any(row.case == f"d=32 tokens={tokens} tables={tables}" for row in rows)
+
+
+def test_counted_rows_are_the_closed_forms():
+    rows = {(row.case, row.metric): row for row in memoryformer._count_rows(1024, (1, 2048))}
+    one = rows["d=1024 tokens=2048", "block_multiply_adds"]
+    assert (one.value, one.peer_value) == (1_420_296_192, 25_769_803_776)
+    one = rows["d=1024 tokens=1", "block_bytes_16_bit"]
+    assert (one.value, one.peer_value) == (1_376_256, 25_165_824)
+    # distinct bytes saturate at the tables' size
+    assert rows["d=1024 tokens=2048", "block_bytes_16_bit"].value == 553_648_128
+    assert rows["d=1024", "block_weight_bytes_16_bit"].ratio == pytest.approx(1 / 22)
