@@ -158,12 +158,12 @@ def test_every_row_starts_on_a_page_of_the_file(folder: Path) -> None:
         assert not raw[start + table.row_bytes : start + stride].any()
 
 
-def alter(folder: Path, token_id: int) -> None:
+def alter(folder: Path, token_id: int, layer_offset: int = 0) -> None:
     path = folder / TABLE_FILE
     table = LookupTable.open(path)
     offset = TensorFile(path, magic=MAGIC, version=VERSION).offset("rows")
     with open(path, "r+b") as file:
-        file.seek(offset + token_id * table.values.stride(0) * 4 + 13)
+        file.seek(offset + token_id * table.values.stride(0) * 4 + layer_offset + 13)
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 4]))
@@ -185,6 +185,16 @@ def test_an_altered_row_is_noticed_before_it_is_used(folder: Path) -> None:
     lookup.model.table.rows(torch.tensor([23]), 1)
     with pytest.raises(ValueError, match="part 'rows', chunk 0 fails its checksum"):
         lookup.model.table.verify()
+
+
+@torch.no_grad()
+def test_every_layer_of_a_row_is_checked_when_it_is_read(folder: Path) -> None:
+    # a layer is 3 experts of width 32 in float32
+    alter(folder, 23, layer_offset=3 * 32 * 4)
+    table = load(folder).model.table
+    table.rows(torch.tensor([23]), 0)
+    with pytest.raises(ValueError, match="the row of token id 23 fails its checksum in layer 1: altered"):
+        table.rows(torch.tensor([23]), 1)
 
 
 def test_verify_accepts_what_was_written(folder: Path) -> None:
