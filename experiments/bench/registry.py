@@ -60,6 +60,9 @@ BENCHES: dict[str, Bench] = {
         "specache_quality", "SpeCache and other caches of its size on real text: needle, longbench-local"
     ),
     "memoryformer": Bench("memoryformer", "hash-and-gather layers and blocks against dense ones, by tokens and width"),
+    "memoryformer-quality": Bench(
+        "memoryformer_quality", "bits per byte and bucket use of MemoryFormers and dense decoders on the same tokens"
+    ),
     "weighted-gather": Bench("weighted_gather", "weighted sums of table rows, forward and backward"),
 }
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tenfold.experiments.bench import memoryformer
+from tenfold.experiments.bench import memoryformer, memoryformer_quality
 from tenfold.experiments.bench.registry import BENCHES, Settings
 from tenfold.experiments.cli import main
+from tenfold.experiments.memoryformer import quality
 
 CONFIG = """
 trainer:
@@ -159,3 +160,31 @@ def test_counted_rows_are_the_closed_forms():
     # distinct bytes saturate at the tables' size
     assert rows["d=1024 tokens=2048", "block_bytes_16_bit"].value == 553_648_128
     assert rows["d=1024", "block_weight_bytes_16_bit"].ratio == pytest.approx(1 / 22)
+
+
+def test_the_study_keeps_its_runs_and_compares_at_equal_bytes(tmp_path, monkeypatch, require_asset):
+    require_asset("wikipedia-summaries")
+    monkeypatch.setattr(memoryformer_quality, "FOLDER", tmp_path)
+    settings = Settings("cpu", quick=True)
+    rows = list(memoryformer_quality.run(settings))
+    metrics = {row.metric for row in rows if row.case.startswith("tau-8")}
+    assert metrics == {"bits_per_byte", "buckets_entropy_share", "buckets_dead_rows_share"}
+    (own,) = [row for row in rows if row.case.startswith("tau-8") and row.metric == "bits_per_byte"]
+    assert own.peer == "dense"
+    assert own.ratio == own.peer_value / own.value
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+    assert len(files) == 2
+    assert list(memoryformer_quality.run(settings)) == rows
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")} == files
+    with pytest.raises(ValueError, match="unknown variant 'tau-5'"):
+        quality.run_one("tau-5", 0, quality.QUICK, tmp_path)
+
+
+def test_variants_of_the_study_are_models():
+    study = quality.Study()
+    found = {name: quality.num_parameters(quality.fields_of(name, study, 4096)) for name in quality.VARIANTS}
+    # one row of two matrices of each layer is as close as a width can come
+    assert abs(found["dense-equal-bytes"] - found["tau-8"]) < 2 * study.hidden_size * study.num_layers
+    assert found["tau-10"] > found["tau-8"] > found["tau-4"]
+    assert found["extra-3"] > found["tau-8"] > found["extra-1"] > found["extra-0"]
+    assert found["rate-1x"] == found["weighting-paper"] == found["tau-8"]
