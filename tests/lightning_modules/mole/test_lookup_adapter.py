@@ -166,6 +166,9 @@ def test_beams_and_padding_with_ngrams() -> None:
     mask = torch.cat([torch.zeros(1, 3), torch.ones(1, 6)], dim=1).long()
     two = model.generate(padded, attention_mask=mask, **settings)
     assert torch.equal(one[:, 6:], two[:, 9:])
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    found = model(padded, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 3:]
+    assert (found - model(ids[:1], use_cache=False).logits).abs().max() < 1e-4
 
 
 def test_keys_of_ngrams() -> None:
