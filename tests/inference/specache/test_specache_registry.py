@@ -68,6 +68,19 @@ def test_wrong_names_and_options_are_told(tiny_llama, name: str, options: dict, 
         build_cache(name, tiny_llama().config, **options)
 
 
+def test_facts_add_counts_and_keep_the_largest_sizes() -> None:
+    from tenfold.inference.specache import add_facts
+
+    one = {"batches": 1, "device_bytes": 10, "steps": 3, "speculated": 4, "speculation_hits": 1, "wanted_rows": 0}
+    two = {"batches": 1, "device_bytes": 7, "steps": 5, "speculated": 6, "speculation_hits": 4, "wanted_rows": 0}
+    total = add_facts([one, two])
+    assert total["device_bytes"] == 10
+    assert (total["batches"], total["steps"], total["speculation_hit_ratio"]) == (2, 8, 0.5)
+    assert "coverage_ratio" not in total
+    # facts of facts: a ratio is never added
+    assert add_facts([total, one])["speculation_hit_ratio"] == round(6 / 14, 6)
+
+
 def test_what_is_missing_on_this_machine_is_told(tiny_llama, monkeypatch: pytest.MonkeyPatch) -> None:
     from tenfold.inference.specache import registry
 
