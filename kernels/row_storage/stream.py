@@ -82,7 +82,7 @@ class RowStream:
 
     @property
     def arrives_at_once(self) -> bool:
-        """Whether nothing is gained by waiting for one layer at a time: addressable rows, and rows read in one piece."""
+        """Whether waiting layer by layer gains nothing: addressable rows, and rows that are read in one piece."""
         if self._storage.resident is not None:
             return True
         width = self._num_parts * self._part_bytes
