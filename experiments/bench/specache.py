@@ -242,6 +242,8 @@ def _byte_rows(
         # a plain cache has taken no room for what is to come: compare at the same number of tokens
         full = peer == "full" and isinstance(theirs, DynamicCache)
         value = shape.full_bytes(batch, cache.capacity) if full else device_bytes(theirs, device)
+        if not full and not isinstance(theirs, DecodingCache):
+            value = round(value * cache.capacity / theirs.get_seq_length())
         yield Row(**{**row.__dict__, "peer": peer, "peer_value": value, "ratio": ratio(row.value, value)})
     yield Row(case, "host_bytes", cache.host_bytes, "bytes", bound="formula",
               bound_value=shape.host_bytes(batch, cache.capacity))  # fmt: skip
