@@ -23,6 +23,7 @@ from ...datamodules import recall_prompts
 from ...datamodules.retrieval import FIRST_SYMBOL
 from ...inference.specache import (
     CacheShape,
+    DecodingCache,
     RecordedPrompt,
     SpeCache,
     SpeCacheOptions,
@@ -30,6 +31,7 @@ from ...inference.specache import (
     decode_recorded,
     equal_bytes_options,
     record_prompt,
+    tensor_bytes,
 )
 from ..model_source import load_source, source_tokenizer
 
@@ -221,7 +223,8 @@ def _recalled(model: Any, prompt: RecordedPrompt, cache: Cache, answers: torch.T
         tokens=(q.argmax(-1) == wanted).double().mean().item(),
         nats=-q.gather(2, wanted.unsqueeze(2)).mean().item(),
         divergence=(p.exp() * (p - q)).sum(-1).mean().item(),
-        device_bytes=getattr(cache, "device_bytes", 0) // len(answers),
+        device_bytes=(cache.device_bytes if isinstance(cache, DecodingCache) else tensor_bytes(cache, "cpu"))
+        // len(answers),
         **hits,
     )
 

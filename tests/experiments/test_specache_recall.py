@@ -49,6 +49,8 @@ def test_the_full_cache_is_a_forward_pass_over_prompt_and_answer(model, found) -
     assert found["full"].tokens == (logits.argmax(-1) == wanted).double().mean().item()
     assert found["full"].nats == pytest.approx(-logits.gather(2, wanted.unsqueeze(2)).mean().item(), abs=1e-5)
     assert found["full"].divergence == pytest.approx(0, abs=1e-9)
+    # prompt and answer but for its last token, which is an output only
+    assert found["full"].device_bytes == (ids.shape[1] - 1) * 2 * 2 * 8 * 2 * 4
 
 
 def test_every_cache_is_measured_and_rows_for_all_tokens_lose_nothing(found) -> None:
