@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .adam import AdamRule
@@ -11,6 +13,9 @@ from .histogram import Float32
 from .options import ExCPOptions
 from .second_moment import SecondMomentForms, exact_tensor
 from .weights import CodedTensor, as_float32
+
+# levels are found anew without the dropped entries, which can take others past the target
+_DROP_ROUNDS = 4
 
 
 @dataclass
@@ -121,16 +126,32 @@ class AdamStateEncoder:
         second = self._second(self.momentum, notes)
         variance = as_float32(second.decoded)
         for bits in range(self.options.momentum_bits, 9):
-            first = encode_first_moment(
-                self.exp_avg, weight=self.weight, variance=variance, options=self.options, bits=bits
-            )
-            if isinstance(first, str):
-                break
-            largest = self._largest_update(as_float32(first.decoded), variance)
-            if self._within(largest):
-                masked = self.weight is not None
-                return CodedAdamState(first, second, scaled=True, masked=masked, update_max=largest, notes=notes)
+            exp_avg, num_dropped = self.exp_avg, 0
+            for _ in range(_DROP_ROUNDS):
+                first = encode_first_moment(
+                    exp_avg, weight=self.weight, variance=variance, options=self.options, bits=bits
+                )
+                if isinstance(first, str):
+                    break
+                momentum = as_float32(first.decoded)
+                largest = self._largest_update(momentum, variance)
+                if self._within(largest):
+                    if num_dropped:
+                        notes.append(f"{num_dropped} entries of the first moment dropped for the update target")
+                    masked = self.weight is not None
+                    return CodedAdamState(first, second, scaled=True, masked=masked, update_max=largest, notes=notes)
+                places = self._too_large(momentum, variance)
+                num_dropped += len(places)
+                exp_avg = exp_avg.clone()
+                exp_avg.view(-1)[torch.from_numpy(places)] = 0
         notes.append("first moment exact: update target out of reach")
         exact = self._exact(self.exp_avg)
         largest = self._forms(self.momentum).largest_update(second)
         return CodedAdamState(exact, second, update_max=largest, notes=notes)
+
+    def _too_large(self, momentum: Float32, variance: Float32) -> NDArray[np.int64]:
+        """Entries whose stored momentum takes the first update past the target; as zeros they are within it."""
+        assert self.options.update_target is not None
+        kept = np.flatnonzero(momentum != 0)
+        updates = self.rule.updates(momentum[kept], variance[kept], self.variance[kept])
+        return kept[updates > self.options.update_target * self.exact_max]

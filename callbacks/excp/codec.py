@@ -411,7 +411,8 @@ def encode(
         records.append({"path": list(path), "kind": "tied", "to": places[other], "shared": shared})
     following.digest = _digest(entries)
     payload = writer.join()
-    report = _report(encoder, [part for _, part in results], tensors, len(payload))
+    raw_bytes = sum(tensor.numel() * tensor.element_size() for path, tensor in tensors.items() if path not in ties)
+    report = _report(encoder, [part for _, part in results], tensors, raw_bytes, len(payload))
     header = {
         "options": options.__dict__,
         "base_digest": None if reference is None else reference.digest,
@@ -460,7 +461,7 @@ def _check_model(encoder: _Encoder, tensors: dict[Path, Tensor], root: Path | No
 
 
 def _report(
-    encoder: _Encoder, parts: list[ParameterReport], tensors: dict[Path, Tensor], payload_bytes: int
+    encoder: _Encoder, parts: list[ParameterReport], tensors: dict[Path, Tensor], raw_bytes: int, payload_bytes: int
 ) -> SaveReport:
     source: StepSource = "none" if encoder.key_frame else "bound" if encoder.previous is None else "exact"
     names = {part.name for part in parts}
@@ -471,7 +472,7 @@ def _report(
     return SaveReport(
         key_frame=encoder.key_frame,
         parameters=parts,
-        raw_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        raw_bytes=raw_bytes,
         payload_bytes=payload_bytes,
         step_source=source,
         key_frame_advised=not encoder.key_frame and exact > 0.5 * sum(part.numel for part in weights),

@@ -100,7 +100,7 @@ class SaveReport:
     Attributes:
         key_frame: whether it can be decoded alone.
         parameters: one report each.
-        raw_bytes: all tensors that are coded, as they are in memory.
+        raw_bytes: all tensors that are coded, as they are in memory, tied ones once.
         payload_bytes: their coded size, checksums and header not counted.
         step_source: whether steps are against the exact weights of the last save, the smallest that fit its stored
             errors, or not known (key frame).

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tenfold.callbacks.excp import ExCPOptions, decode, encode
 from tenfold.callbacks.excp.adam import AdamRule
+from tenfold.callbacks.excp.adam_state import AdamStateEncoder
 from tenfold.callbacks.excp.second_moment import decode_gaps, encode_gaps, matrix_shape, rank1_factors
 
 
@@ -172,3 +173,25 @@ def test_momentum_is_as_sparse_as_asked_and_inside_the_weights_mask(
     kept = momentum != 0
     exact = after["optimizer_states"][0]["state"][0]["exp_avg"]
     assert (momentum[kept].sign() == exact[kept].sign()).all()
+
+
+def test_entries_that_cannot_be_kept_within_the_target_are_dropped_not_the_whole_moment_stored() -> None:
+    generator = torch.Generator().manual_seed(0)
+    variance = torch.full((80, 90), 1e-8)
+    momentum = 1e-4 * torch.randn(80, 90, generator=generator).clamp(-3, 3)
+    # epsilon keeps the updates of a row that is hardly ever trained small; over the root of its second moment they are
+    # the largest of all, and share a level with an entry that epsilon does nothing for
+    variance[0] = 1e-20
+    momentum[0], momentum[0, :10] = 0, 8e-10
+    momentum[3, 4] = 6e-4
+    options = ExCPOptions(momentum_mask="own", momentum_sparsity=0.9, momentum_bits=2, update_target=1.1)
+    rule = AdamRule(betas=(0.9, 0.999), eps=1e-8, step=2000.0)
+    encoder = AdamStateEncoder(momentum, variance, weight=None, rule=rule, options=options)
+    state = encoder.encode()
+    assert state.first.kind == "first_moment"
+    assert any("dropped for the update target" in note for note in state.notes)
+    stored = state.first.decoded.double()
+    decoded = state.second.decoded.double()
+    updates = rule.updates(stored.numpy().ravel(), decoded.numpy().ravel(), variance.double().numpy().ravel())
+    assert updates.max() <= 1.1 * state.exact_update_max
+    assert (stored != 0).sum() > 100
