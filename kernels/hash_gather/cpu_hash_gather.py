@@ -59,11 +59,16 @@ def forward(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
 def forward_int8(records: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     """(T, H) float32 sums of decoded records, by FBGEMM's kernel in torch."""
     num_tokens, num_terms = rows.shape
-    parts = _parts(num_tokens, num_terms) if num_tokens else 1
+    if torch.compiler.is_compiling():
+        # the compiler asks for no number of threads
+        parts, starts = 1, torch.arange(num_tokens) * num_terms
+    else:
+        parts = _parts(num_tokens, num_terms) if num_tokens else 1
+        starts = _bag_starts(num_tokens, num_terms, parts)
     sums = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
         records,
         rows.reshape(-1),
-        _bag_starts(num_tokens, num_terms, parts),
+        starts,
         False,
         0,
         False,

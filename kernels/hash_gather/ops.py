@@ -91,7 +91,8 @@ def hash_gather(
         out = _FusedHashGather.apply(flat, table, num_bits, weighting, temperature)
     else:
         rows, weights = _hash(flat, num_bits, weighting, temperature)
-        if torch.is_grad_enabled() and (table.requires_grad or weights.requires_grad):
+        needs_grad = torch.is_grad_enabled() and (table.requires_grad or weights.requires_grad)
+        if needs_grad or torch.compiler.is_compiling():
             out = weighted_gather(table, rows, weights, backend="cpu")
         else:
             out = cpu_hash_gather.forward(table, rows, weights)

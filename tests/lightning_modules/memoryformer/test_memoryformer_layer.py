@@ -98,6 +98,23 @@ def test_stored_tables_compute_the_same_and_survive_a_cast(table_format):
         assert (cast(x.bfloat16()).float() - expected).norm() / expected.norm() < 0.1
 
 
+def test_the_layer_compiles_whole_and_runs_under_autocast():
+    torch.manual_seed(0)
+    layer, x = MemoryLayer(26, 10, num_bits=4), torch.randn(5, 26, requires_grad=True)
+    wanted = layer.table, layer.bias, x
+    expected = layer(x)
+    gradients = torch.autograd.grad(expected.square().sum(), wanted)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    found = compiled(x)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(torch.autograd.grad(found.square().sum(), wanted), gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), expected)
+
+
 def test_sizes_of_one_layer_to_the_digit():
     # fp16 bytes at d = 512; the last with 510 inputs and 512 outputs
     found = [2 * table_values(width, 512, tau) for tau, width in ((4, 512), (8, 512), (10, 510))]
