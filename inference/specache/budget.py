@@ -28,7 +28,7 @@ def equal_bytes_options(
     Examples:
         >>> shape = CacheShape(num_layers=30, num_heads=3, head_dim=64, itemsize=2)
         >>> equal_bytes_options("window", shape=shape, options=SpeCacheOptions(), capacity_tokens=4096)
-        {'budget': 763}
+        {'budget': 764}
     """
     wanted = shape.device_bytes(options, 1, capacity_tokens)
     kind: dict[str, Any] = {"bits": options.bits, "group_size": options.group_size}
