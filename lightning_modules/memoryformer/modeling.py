@@ -144,7 +144,7 @@ def check_tables(config: Any) -> None:
     Raises:
         ValueError: too few bytes are left; the message has both numbers.
     """
-    device = torch.empty(0).device
+    device = torch.get_default_device()
     if device.type == "meta":
         return
     itemsize = torch.get_default_dtype().itemsize

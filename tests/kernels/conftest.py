@@ -2,6 +2,11 @@ import os
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
+
+# torch notes once which functions make tensors, for `with torch.device(...)`: not while one is replaced below, or
+# models built on the meta device by later tests of the process would take real memory
+_device_constructors()
 
 if not torch.cuda.is_available():
     # read by triton when it is imported
