@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tenfold.callbacks.excp import ExCPOptions, ParameterReport, SaveReport, decode, encode
 
 
@@ -76,3 +77,9 @@ def test_update_ratio_is_that_of_the_decoded_state(training_run: Any) -> None:
             largest.append(float(max(sizes)))
         assert part.exact_update_max == pytest.approx(largest[0], rel=1e-4)
         assert part.update_max == pytest.approx(largest[1], rel=1e-4)
+
+
+def test_tied_tensors_are_counted_once() -> None:
+    weight = torch.randn(70, 80)
+    report = encode({"state_dict": {"embedding": weight, "head": weight, "other": torch.randn(70, 80)}}).report
+    assert report.raw_bytes == 2 * 70 * 80 * 4
