@@ -372,7 +372,7 @@ def _listed(value: Any) -> list[Any]:
 
 def _check_strategy(strategy: Any) -> None:
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    for refused, instead in (("fsdp", "ExCPFSDPStrategy"), ("modelparallel", "ExCPModelParallelStrategy")):
+    for refused, instead in (("fsdp", "excp_fsdp"), ("modelparallel", "excp_model_parallel")):
         if name.lower().replace("_", "").startswith(refused):
             raise ValueError(
                 f"strategy {name} reads checkpoint files past ExCPCheckpointIO; use --trainer.strategy={instead}, or"

@@ -31,7 +31,7 @@ class ExCPOptions:
         second_moment: `rank1` keeps row and column means and, as exceptions, entries they understate; `log_kmeans`
             keeps every entry, quantised in the logarithm; `masked` zeroes what the first moment lost (the paper).
         entropy_constrained: levels of `sparsity` mode trade error against coded bits at the slope that the pruning
-            threshold implies. deviation: the paper clusters by error alone; at equal error this is 20-30 % smaller.
+            threshold implies. deviation: the paper clusters by error alone; this is smaller at equal error.
         error_target: largest error of the stored weights over the training step since the last save, both as
             Euclidean norms, for every tensor; None prunes at fixed settings, whatever becomes of the error.
         update_target: largest first Adam update after a resume over the largest one of the exact state, for every

@@ -1,7 +1,8 @@
 """Strategies that load coded checkpoints: Lightning's own read the file past the checkpoint plugin.
 
-`ExCPFSDPStrategy` and `ExCPModelParallelStrategy` do what `FSDPStrategy` and `ModelParallelStrategy` do, with coded
-files for full checkpoints and, for model parallelism (FSDP2, tensor parallelism), coded shards for distributed ones.
+`ExCPFSDPStrategy` (`excp_fsdp`) and `ExCPModelParallelStrategy` (`excp_model_parallel`) do what `FSDPStrategy` and
+`ModelParallelStrategy` do, with coded files for full checkpoints and, for model parallelism (FSDP2, tensor parallelism),
+coded shards for distributed ones.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -165,3 +166,9 @@ class ExCPModelParallelStrategy(_LoadsCodedFiles, ModelParallelStrategy):
         if self._writer is not None:
             self._writer.close()
         super().teardown()
+
+
+# names for `Trainer(strategy=...)` and the command line, where a class would be taken for an unknown name
+for _name, _strategy in (("excp_fsdp", ExCPFSDPStrategy), ("excp_model_parallel", ExCPModelParallelStrategy)):
+    if _name not in StrategyRegistry:
+        StrategyRegistry.register(_name, _strategy, description=str(_strategy.__doc__).splitlines()[0])

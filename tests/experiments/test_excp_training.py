@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,13 @@ def test_strategies_that_read_past_the_plugin_are_refused(
     place: Path, capsys: pytest.CaptureFixture[str], strategy: str
 ) -> None:
     assert fit(f"--trainer.strategy={strategy}") == 2
-    assert f"strategy {strategy}" in capsys.readouterr().err.strip().splitlines()[-1]
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"strategy {strategy}" in message
+    advised = re.search(r"--trainer.strategy=(\w+)", message)
+    if advised:
+        # what is advised is taken, and asks for an accelerator at most
+        assert fit(f"--trainer.strategy={advised[1]}") == 1
+        assert "non-CPU accelerator" in capsys.readouterr().err
 
 
 def test_a_wrong_option_is_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
