@@ -1,8 +1,8 @@
 """Strategies that load coded checkpoints: Lightning's own read the file past the checkpoint plugin.
 
 `ExCPFSDPStrategy` (`excp_fsdp`) and `ExCPModelParallelStrategy` (`excp_model_parallel`) do what `FSDPStrategy` and
-`ModelParallelStrategy` do, with coded files for full checkpoints and, for model parallelism (FSDP2, tensor parallelism),
-coded shards for distributed ones.
+`ModelParallelStrategy` do, with coded files for full checkpoints and, for model parallelism (FSDP2, tensor
+parallelism), coded shards for distributed ones.
 """
 
 import contextlib

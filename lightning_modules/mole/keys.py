@@ -1,13 +1,14 @@
 """What a lookup is keyed by: the token's id, or a hash of the last few ids (arXiv 2503.15798 has the first only).
 
-Keys of n-grams need the ids before the current ones, which a decoding step does not get: they are kept with the cache
-of keys and values, and follow it when it is cut or reordered.
+Keys of n-grams need the ids before the current ones, which a decoding step does not get: `TokenHistory` keeps them.
 """
 
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from ..decoder.tokens import TokenHistory
 
 Key = Literal["token_id", "ngram_hash"]
 # odd constants of 64-bit multiplicative hashing (the golden ratio's and splitmix's), as signed numbers
@@ -27,48 +28,6 @@ def ngram_keys(ids: Tensor, *, order: int, num_keys: int) -> Tensor:
         state = (state ^ (state >> _SHIFT)) * _MIX
     # the low bits of a product depend on few bits of its factors
     return (state >> 16 & 2**47 - 1).remainder(num_keys)
-
-
-class KeyHistory:
-    """Ids seen so far by a cache, one row per sequence.
-
-    Args:
-        cache: of keys and values; the history is attached to it.
-    """
-
-    def __init__(self, cache: Any) -> None:
-        self.ids: Tensor | None = None
-        reorder = cache.reorder_cache
-
-        def reorder_both(beams: Tensor) -> None:
-            reorder(beams)
-            if self.ids is not None:
-                self.ids = self.ids.index_select(0, beams.to(self.ids.device))
-
-        cache.reorder_cache = reorder_both
-
-    @classmethod
-    def of(cls, cache: Any) -> "KeyHistory":
-        """The history of a cache; a new one where it has none."""
-        if not hasattr(cache, "key_history"):
-            cache.key_history = cls(cache)
-        return cache.key_history
-
-    def before(self, num_seen: int, num_rows: int) -> Tensor | None:
-        """The (B, num_seen) ids that the cache holds; None where it is empty.
-
-        Raises:
-            ValueError: the cache was filled without this history.
-        """
-        if num_seen == 0:
-            return None
-        if self.ids is None or self.ids.shape[0] != num_rows or self.ids.shape[1] < num_seen:
-            raise ValueError(
-                f"the cache holds {num_seen} tokens whose ids are not known; n-gram keys need a cache that this model "
-                f"filled from the start"
-            )
-        # a cache that was cut is shorter than what was seen
-        return self.ids[:, :num_seen]
 
 
 def keys_of(
@@ -91,13 +50,8 @@ def keys_of(
     absent = torch.full((num_rows, order - 1), -1, dtype=ids.dtype, device=ids.device)
     if mask is not None and mask.dim() == 2:
         ids = ids.masked_fill(mask[:, -num_tokens:] == 0, -1)
+    before = absent
     if cache is not None:
-        history = KeyHistory.of(cache)
-        seen = history.before(cache.get_seq_length(), num_rows)
-        history.ids = ids if seen is None else torch.cat([seen, ids], dim=1)
-        before = absent if seen is None else torch.cat([absent, seen], dim=1)[:, -(order - 1) :]
-    else:
-        before = absent
-    if order == 1:
-        before = before[:, :0]
+        seen = TokenHistory.of(cache).extend(ids, cache.get_seq_length())
+        before = torch.cat([absent, seen], dim=1)[:, seen.shape[1] :]
     return ngram_keys(torch.cat([before, ids], dim=1), order=order, num_keys=num_keys)
