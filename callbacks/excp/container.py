@@ -7,7 +7,6 @@ it can be checked before it is trusted) and the payload. Weights are not in the 
 `state_dict` finds none.
 """
 
-import contextlib
 import hashlib
 import io
 import json
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..atomic_file import replacing
 from .codec import EncodedSave
 
 MAGIC = "tenfold-excp"
@@ -80,32 +80,20 @@ def write_save(encoded: EncodedSave, path: str | os.PathLike[str], base: Identit
     Raises:
         OSError: the disk is full or the folder not writable; what was under `path` is untouched then.
     """
-    final = Path(path)
     whole = envelope(encoded, base)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            torch.save(whole, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, final)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
-    sync_folder(final.parent)
+    write_envelope(whole, Path(path))
+    return identity_of(whole)
+
+
+def write_envelope(whole: dict[str, Any], path: Path) -> None:
+    """Writes what `envelope` gave, as `write_save` does."""
+    with replacing(path) as file:
+        torch.save(whole, file)
+
+
+def identity_of(whole: dict[str, Any]) -> Identity:
+    """The identity in what `envelope` gave."""
     return Identity(**whole[KEY]["identity"])
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes what was renamed in a folder durable."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def envelope(encoded: EncodedSave, base: Identity | None = None) -> dict[str, Any]:

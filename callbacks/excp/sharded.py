@@ -36,8 +36,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from ..atomic_file import replacing
 from .chain import ChainWriter
-from .container import sync_folder
 from .exact import DTYPE_NAMES, DTYPES
 from .options import ExCPOptions
 from .restore import restore
@@ -144,13 +144,8 @@ class ExCPStorageWriter(StorageWriter):
         assert self.path is not None
         files = {_key(result.index): result.storage_data for part in results for result in part}
         text = json.dumps({"version": VERSION, "entries": _entries(metadata, files), "planner": _plain(metadata)})
-        partial = self.path / f".{LIST}.partial"
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path / LIST)
-        sync_folder(self.path)
+        with replacing(self.path / LIST) as file:
+            file.write(text.encode())
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

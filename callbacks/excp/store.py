@@ -16,8 +16,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from ..atomic_file import sync_folder
 from .codec import EncodedSave
-from .container import Identity, is_save, read_identity, sync_folder, write_save
+from .container import Identity, envelope, identity_of, is_save, read_identity, write_envelope
 
 FOLDER = "excp"
 _DIGITS = 16
@@ -119,17 +120,16 @@ class SaveStore:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._sweep()
-        partial = self.folder / f".new-{os.getpid()}.excp"
-        identity = write_save(encoded, partial, base)
-        os.replace(partial, self.path_of(identity))
-        sync_folder(self.folder)
+        whole = envelope(encoded, base)
+        identity = identity_of(whole)
+        write_envelope(whole, self.path_of(identity))
         return identity
 
     def _sweep(self) -> None:
         """Removes what processes that were killed while they wrote have left, once a store."""
         if not self._swept:
             self._swept = True
-            for path in [*self.folder.glob(".*.partial"), *self.folder.glob(".new-*.excp")]:
+            for path in self.folder.glob(".*.partial"):
                 with contextlib.suppress(FileNotFoundError):
                     if time.time() - path.stat().st_mtime > _ABANDONED_S:
                         path.unlink()

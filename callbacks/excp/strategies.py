@@ -6,7 +6,6 @@ parallelism), coded shards for distributed ones.
 """
 
 import contextlib
-import os
 import shutil
 import tempfile
 import uuid
@@ -20,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from ..atomic_file import replacing
 from .checkpoint_io import ExCPCheckpointIO
 from .container import is_save
 from .sharded import ExCPStorageReader, ExCPStorageWriter, is_sharded
@@ -118,9 +118,8 @@ class ExCPModelParallelStrategy(_LoadsCodedFiles, ModelParallelStrategy):
             self._writer = ExCPStorageWriter(path, io.options, key_frame_every=io.key_frame_every, workers=io.workers)
         save(state, checkpoint_id=path, storage_writer=self._writer)
         if self.global_rank == 0:
-            partial = path / f".{_META}.{os.getpid()}.partial"
-            torch.save(checkpoint, partial)
-            os.replace(partial, path / _META)
+            with replacing(path / _META) as file:
+                torch.save(checkpoint, file)
         self.barrier("tenfold-excp-saved")
 
     @override
