@@ -197,3 +197,50 @@ class ResumableDataLoader(DataLoader[dict[str, Tensor]]):
 
 def _no_progress() -> None:
     return None
+
+
+def split_loader(
+    dataset: Any,
+    *,
+    train: bool,
+    batch_size: int,
+    num_workers: int,
+    seed: int,
+    trainer: Any,
+    identity: dict[str, Any],
+) -> DataLoader[Any]:
+    """The loader of one split: shuffled and resumable for training, in order otherwise, shared out over processes.
+
+    Args:
+        dataset: the split's sequences.
+        train: whether it is the training split.
+        batch_size: sequences per batch and process.
+        num_workers: worker processes.
+        seed: of the order.
+        trainer: Lightning's trainer; None outside one.
+        identity: what must be the same for a saved position to make sense.
+    """
+    sampler = ResumableSampler(
+        dataset,
+        num_processes=trainer.world_size if trainer is not None else 1,
+        process=trainer.global_rank if trainer is not None else 0,
+        shuffle=train,
+        seed=seed,
+    )
+
+    def progress() -> Any:
+        return None if trainer is None else trainer.fit_loop.epoch_loop.batch_progress
+
+    kind: Any = ResumableDataLoader if train else DataLoader
+    return kind(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        drop_last=train and len(sampler) >= batch_size,
+        pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
+        persistent_workers=num_workers > 0,
+        # a generator of its own: each iterator draws a seed, which would shift the model's random numbers
+        generator=torch.Generator().manual_seed(seed),
+        **({"identity": identity, "progress": progress} if train else {}),
+    )

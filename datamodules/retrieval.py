@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .packing import IGNORED, ResumableDataLoader, ResumableSampler
+from .packing import IGNORED, split_loader
 
 BEGIN, ASK = 0, 1
 FIRST_SYMBOL = 2
@@ -131,34 +131,16 @@ class KeyValueRecallDataModule(LightningDataModule):
         return {"input_ids": ids, "labels": labels}
 
     def _loader(self, split: str) -> DataLoader[Any]:
-        dataset = _Sequences(self, split)
-        train, trainer = split == "train", self.trainer
-        sampler = ResumableSampler(
-            dataset,
-            num_processes=trainer.world_size if trainer is not None else 1,
-            process=trainer.global_rank if trainer is not None else 0,
-            shuffle=train,
-            seed=self.seed,
-        )
-        kind: Any = ResumableDataLoader if train else DataLoader
-        identity = {
-            name: getattr(self, name)
-            for name in ("vocab_size", "sequence_length", "min_keys", "max_keys", "value_length", "seed")
-        }
-        return kind(
-            dataset,
+        names = ("vocab_size", "sequence_length", "min_keys", "max_keys", "value_length", "seed")
+        return split_loader(
+            _Sequences(self, split),
+            train=split == "train",
             batch_size=self.batch_size,
-            sampler=sampler,
             num_workers=self.num_workers,
-            drop_last=train and len(sampler) >= self.batch_size,
-            persistent_workers=self.num_workers > 0,
-            # a generator of its own: each iterator draws a seed, which would shift the model's random numbers
-            generator=torch.Generator().manual_seed(self.seed),
-            **({"identity": identity, "progress": self._progress} if train else {}),
+            seed=self.seed,
+            trainer=self.trainer,
+            identity={name: getattr(self, name) for name in names},
         )
-
-    def _progress(self) -> Any:
-        return None if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress
 
     def train_dataloader(self) -> Any:
         """Sequences in an order that seed and epoch give; the position is saved in checkpoints."""

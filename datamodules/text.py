@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from .assets import cache_dir, resolve
 from .documents import SPLITS, Split, digest_of_files, list_files, read_documents, read_hub_rows, split_of
-from .packing import PackedSequences, ResumableDataLoader, ResumableSampler
+from .packing import PackedSequences, split_loader
 from .token_store import TokenStore, write_token_store
 from .tokenizer_folder import bpe_vocabulary, load_tokenizer, tokenizer_digest, train_bpe
 
@@ -236,31 +235,15 @@ class TextDataModule(LightningDataModule):
             keep_partial=not train,
             pad_id=self.tokenizer.eos_token_id if pad_id is None else pad_id,
         )
-        trainer = self.trainer
-        sampler = ResumableSampler(
+        return split_loader(
             dataset,
-            num_processes=trainer.world_size if trainer is not None else 1,
-            process=trainer.global_rank if trainer is not None else 0,
-            shuffle=train,
-            seed=self.seed,
-        )
-        kind: Any = ResumableDataLoader if train else DataLoader
-        identity = {"data": self.digest, "sequence_length": self.sequence_length, "seed": self.seed}
-        return kind(
-            dataset,
+            train=train,
             batch_size=self.batch_size if train else self.eval_batch_size,
-            sampler=sampler,
             num_workers=self.num_workers,
-            drop_last=train and len(sampler) >= self.batch_size,
-            pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
-            persistent_workers=self.num_workers > 0,
-            # a generator of its own: each iterator draws a seed, which would shift the model's random numbers
-            generator=torch.Generator().manual_seed(self.seed),
-            **({"identity": identity, "progress": self._progress} if train else {}),
+            seed=self.seed,
+            trainer=self.trainer,
+            identity={"data": self.digest, "sequence_length": self.sequence_length, "seed": self.seed},
         )
-
-    def _progress(self) -> Any:
-        return None if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress
 
     def train_dataloader(self) -> Any:
         """Shuffled sequences; state is saved in checkpoints."""
