@@ -6,10 +6,12 @@ __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
         "checkpoint_io": ["ExCPCheckpointIO", "SaveEvent"],
-        "codec": ["EncodedSave", "Reference", "advance", "decode", "encode"],
+        "codec": ["encode"],
+        "decoding": ["advance", "decode"],
         "metrics": ["ExCPMetrics"],
         "options": ["ExCPOptions"],
         "report": ["ParameterReport", "SaveReport"],
+        "saves": ["EncodedSave", "Reference"],
         "sharded": ["ExCPStorageReader", "ExCPStorageWriter"],
         "strategies": ["ExCPFSDPStrategy", "ExCPModelParallelStrategy"],
         "restore": ["Restored", "expanded", "load_checkpoint", "restore"],

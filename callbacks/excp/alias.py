@@ -6,7 +6,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .codec import EncodedSave, Reference
+from .saves import EncodedSave, Reference
 from .tree import Path, replace
 
 

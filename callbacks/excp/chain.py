@@ -7,11 +7,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from .alias import encode_alias
-from .codec import EncodedSave, Reference, encode
+from .codec import encode
 from .container import Identity
 from .options import ExCPOptions
 from .report import SaveReport
 from .restore import Restored
+from .saves import EncodedSave, Reference
 from .staging import Staged
 from .store import SaveStore
 

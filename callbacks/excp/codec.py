@@ -1,17 +1,13 @@
-"""ExCP (arXiv 2406.11257): a checkpoint dictionary to coded parts and back, each save against the one before.
+"""ExCP (arXiv 2406.11257): a checkpoint dictionary to coded parts, each save against the one before.
 
 The residual is taken against the stored form of the previous save (closed loop), so errors do not add up along a chain.
 A key frame stores weights bit for bit and needs no other save. Everything that is not a weight or one of Adam's moments
 is exact: large tensors losslessly coded, the rest left as it is.
 """
 
-import hashlib
-import json
-import zlib
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,84 +17,16 @@ from torch import Tensor
 from .adam import AdamRule
 from .adam_state import AdamStateEncoder, CodedAdamState
 from .entropy import require_backend
-from .exact import DTYPE_NAMES, DTYPES, decode_exact, tensor_bytes
-from .first_moment import decode_first_moment
+from .exact import DTYPE_NAMES
+from .host_memory import same_bits
 from .lookup import squared_norm
 from .options import ExCPOptions
-from .payload import PayloadWriter, read_part
+from .payload import PayloadWriter
 from .report import ParameterReport, SaveReport, StepSource
-from .second_moment import decode_second_moment, exact_tensor
+from .saves import EncodedSave, Reference, checksum, digest_of, follow, own_copy, run_all
+from .second_moment import exact_tensor
 from .tree import LOSSY_DTYPES, Parameter, Path, find_parameters, replace, state_dict_path, tensors_of
-from .weights import CodedTensor, as_float32, decode_weight, encode_weight
-
-_COMPARED_BYTES = 1 << 20
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-@dataclass
-class Reference:
-    """What the next save is coded against; the same bits where a save was written and where it is read.
-
-    Attributes:
-        weights: stored form of every weight, by its name in the state dict. Not to be changed in place.
-        classes: coarse level of each element of the last residual, by name, uint8, shape (n,).
-        squared_errors: of stored against true weights, by name.
-        digest: names this state of the chain: SHA-256 of all weights' names, shapes, dtypes and checksums.
-    """
-
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    classes: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
-    squared_errors: dict[str, float] = field(default_factory=dict)
-    digest: str = ""
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that it takes."""
-        weights = sum(weight.numel() * weight.element_size() for weight in self.weights.values())
-        return weights + sum(map(len, self.classes.values()))
-
-
-@dataclass
-class EncodedSave:
-    """A save as it is stored.
-
-    Attributes:
-        header: what the parts are, plain data for JSON.
-        payload: the parts.
-        rest: the checkpoint without the coded tensors (None in their places).
-        reference: for the next save; None on a save that was read from a file.
-    """
-
-    header: dict[str, Any]
-    payload: bytes
-    rest: Any
-    reference: Reference | None = None
-
-    @property
-    def report(self) -> SaveReport:
-        """Sizes and errors."""
-        return SaveReport.from_dict(self.header["report"])
-
-    @property
-    def key_frame(self) -> bool:
-        """Whether it can be decoded alone."""
-        return self.header["base_digest"] is None
-
-    @property
-    def alias(self) -> bool:
-        """Whether all its tensors are those of its base."""
-        return "alias" in self.header
-
-    @property
-    def base_digest(self) -> str | None:
-        """Digest of the reference that it is coded against; None for a key frame."""
-        return self.header["base_digest"]
-
-    @property
-    def digest(self) -> str:
-        """Digest of the reference that it leads to."""
-        return self.header["digest"]
+from .weights import CodedTensor, as_float32, encode_weight
 
 
 @dataclass
@@ -114,7 +42,7 @@ class _Coded:
 
     def finish(self, *, keep: bool) -> None:
         """Takes the checksum; only weights are needed decoded after that."""
-        self.checksum = _checksum(self.coded.decoded)
+        self.checksum = checksum(self.coded.decoded)
         if not keep:
             self.coded.decoded = torch.empty(0)
             self.coded.indices = None
@@ -122,28 +50,10 @@ class _Coded:
         self.coded.kept = None
 
 
-def _map(function: Callable[[T], R], items: Iterable[T], workers: int) -> list[R]:
-    if workers <= 1:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(function, items))
-
-
 def _at(tree: Any, path: Path) -> Any:
     for key in path:
         tree = tree[key]
     return tree
-
-
-def _same_bits(first: Tensor, second: Tensor) -> bool:
-    if first.shape != second.shape or first.dtype != second.dtype:
-        return False
-    one, other = tensor_bytes(first), tensor_bytes(second)
-    # tensors that differ mostly do so at once
-    return all(
-        np.array_equal(one[start : start + _COMPARED_BYTES], other[start : start + _COMPARED_BYTES])
-        for start in range(0, len(one), _COMPARED_BYTES)
-    )
 
 
 def _lossy(tensor: Tensor, options: ExCPOptions) -> bool:
@@ -187,7 +97,7 @@ class _Encoder:
         stored = self.reference.weights.get(parameter.name)
         if stored is None or stored.shape != weight.shape or stored.dtype != weight.dtype:
             return exact_tensor(weight, self.options)
-        if _same_bits(weight, stored):
+        if same_bits(weight, stored):
             return self.unchanged(weight, stored)
         squared_step = self.squared_step(parameter, weight)
         if squared_step == 0:
@@ -257,7 +167,7 @@ class _Encoder:
     def exact(self, path: Path, tensor: Tensor) -> _Coded:
         in_state = self.root is not None and path[:-1] == self.root
         stored = self.reference.weights.get(str(path[-1])) if in_state else None
-        same = stored is not None and _same_bits(tensor, stored)
+        same = stored is not None and same_bits(tensor, stored)
         coded = self.unchanged(tensor, stored) if same and stored is not None else exact_tensor(tensor, self.options)
         item = _Coded(path, tensor, coded)
         item.finish(keep=in_state)
@@ -293,7 +203,7 @@ def _coded_parameters(
         name
         for name, stored in reference.weights.items()
         for tensor in [tensors.get((*(state_dict_path(checkpoint) or ()), name))]
-        if tensor is not None and _same_bits(tensor, stored)
+        if tensor is not None and same_bits(tensor, stored)
     }
 
     def fits(path: Path | None) -> bool:
@@ -318,21 +228,13 @@ def _ties(tensors: dict[Path, Tensor], first: set[Path]) -> dict[Path, Path]:
         for other in groups.setdefault((tensor.dtype, tensor.shape), []):
             twin = tensors[other]
             # few tensors get past the first elements, so that comparing all of them costs little
-            near = _same_bits(tensor.reshape(-1)[:64], twin.reshape(-1)[:64])
-            if tensor.data_ptr() == twin.data_ptr() or (near and _same_bits(tensor, twin)):
+            near = same_bits(tensor.reshape(-1)[:64], twin.reshape(-1)[:64])
+            if tensor.data_ptr() == twin.data_ptr() or (near and same_bits(tensor, twin)):
                 ties[path] = other
                 break
         else:
             groups[tensor.dtype, tensor.shape].append(path)
     return ties
-
-
-def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor_bytes(tensor))
-
-
-def _digest(entries: Iterable[tuple[str, str, list[int], int]]) -> str:
-    return hashlib.sha256(json.dumps(sorted(entries), separators=(",", ":")).encode()).hexdigest()
 
 
 def encode(
@@ -374,9 +276,9 @@ def encode(
     claimed = {path for item in parameters for path in (item.weight, item.exp_avg, item.exp_avg_sq) if path}
     _check_model(encoder, tensors, root)
 
-    results = _map(encoder.parameter, parameters, workers)
+    results = run_all(encoder.parameter, parameters, workers)
     loose = [path for path in tensors if path not in claimed and path not in ties]
-    exact = _map(lambda path: encoder.exact(path, tensors[path]), loose, workers)
+    exact = run_all(lambda path: encoder.exact(path, tensors[path]), loose, workers)
 
     writer = PayloadWriter()
     records: list[dict[str, Any]] = []
@@ -403,13 +305,13 @@ def encode(
             records.append(record)
             if root is not None and item.path[:-1] == root:
                 name = str(item.path[-1])
-                _follow(following, name, item.coded)
+                follow(following, name, item.coded)
                 record["squared_error"] = following.squared_errors[name]
                 entries.append((name, record["dtype"], record["shape"], record["crc32"]))
     for path, other in ties.items():
         shared = tensors[path].data_ptr() == tensors[other].data_ptr()
         records.append({"path": list(path), "kind": "tied", "to": places[other], "shared": shared})
-    following.digest = _digest(entries)
+    following.digest = digest_of(entries)
     payload = writer.join()
     raw_bytes = sum(tensor.numel() * tensor.element_size() for path, tensor in tensors.items() if path not in ties)
     report = _report(encoder, [part for _, part in results], tensors, raw_bytes, len(payload))
@@ -420,28 +322,8 @@ def encode(
         "records": records,
         "report": report.to_dict(),
     }
-    rest = replace(_own(checkpoint, {*places, *ties}), dict.fromkeys([*places, *ties]))
+    rest = replace(own_copy(checkpoint, {*places, *ties}), dict.fromkeys([*places, *ties]))
     return EncodedSave(header, payload, rest, following)
-
-
-def _own(tree: Any, without: set[Path]) -> Any:
-    """The tree with its own copies of tensors, on the CPU; tensors that were one stay one."""
-    copies: dict[Any, Tensor] = {}
-    values: dict[Path, Tensor] = {}
-    for path, tensor in tensors_of(tree):
-        if path not in without:
-            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else path
-            if key not in copies:
-                copies[key] = tensor.detach().cpu().clone()
-            values[path] = copies[key]
-    return replace(tree, values)
-
-
-def _follow(following: Reference, name: str, coded: CodedTensor) -> None:
-    following.weights[name] = coded.decoded
-    following.squared_errors[name] = float(f"{coded.squared_error:.6g}")
-    if coded.classes is not None:
-        following.classes[name] = coded.classes
 
 
 def _check_model(encoder: _Encoder, tensors: dict[Path, Tensor], root: Path | None) -> None:
@@ -479,138 +361,3 @@ def _report(
         added=[] if encoder.key_frame else sorted(names & in_state - old),
         removed=sorted(old - in_state),
     )
-
-
-def decode(
-    encoded: EncodedSave, reference: Reference | None = None, *, verify: bool = True, workers: int = 1
-) -> tuple[dict[str, Any], Reference]:
-    """The checkpoint of a coded save, and the reference for the save after it.
-
-    Args:
-        encoded: from `encode` or a file.
-        reference: of the save before it; not needed for a key frame.
-        verify: compare each decoded tensor with the checksum of what the writer had.
-        workers: threads that decode tensors side by side.
-
-    Raises:
-        ValueError: the reference is missing or of another save, the coded parts are damaged or a decoded tensor is not
-            bit for bit what the writer had, or a package that was used to write is not installed.
-    """
-    _check_base(encoded, reference)
-    records = encoded.header["records"]
-    decoded = _decoded(encoded, reference, _groups(records), verify=verify, workers=workers)
-    following = _following(encoded, decoded)
-    root = state_dict_path(encoded.rest)
-    if root is None and all(len(record["path"]) == 1 for record in records):
-        root = ()
-    values: dict[Path, Tensor] = {}
-    for number, record in enumerate(records):
-        path = tuple(record["path"])
-        if record["kind"] == "tied":
-            original = values[tuple(records[record["to"]]["path"])]
-            values[path] = original if record["shared"] else original.clone()
-            continue
-        tensor = decoded[number].decoded
-        # whoever trains on must not change the reference
-        values[path] = tensor.clone() if "squared_error" in record else tensor
-    return replace(_own(encoded.rest, set()), values), following
-
-
-def advance(
-    encoded: EncodedSave, reference: Reference | None = None, *, verify: bool = True, workers: int = 1
-) -> Reference:
-    """The reference that a save leads to, without its moments: what the saves after it need of it.
-
-    Arguments and errors are those of `decode`.
-    """
-    _check_base(encoded, reference)
-    records = encoded.header["records"]
-    weights = [[number] for number, record in enumerate(records) if "squared_error" in record]
-    return _following(encoded, _decoded(encoded, reference, weights, verify=verify, workers=workers))
-
-
-def _check_base(encoded: EncodedSave, reference: Reference | None) -> None:
-    base = encoded.base_digest
-    if base is not None and (reference is None or reference.digest != base):
-        have = "none is given" if reference is None else f"the one given is {reference.digest[:12]}"
-        raise ValueError(
-            f"ExCP: this save needs the save {base[:12]} before it, and {have}; decode the chain from its key frame"
-        )
-
-
-def _decoded(
-    encoded: EncodedSave, reference: Reference | None, groups: list[list[int]], *, verify: bool, workers: int
-) -> dict[int, CodedTensor]:
-    known = reference if not encoded.key_frame and reference is not None else Reference()
-    decoder = _Decoder(encoded, known, verify)
-    decoded: dict[int, CodedTensor] = {}
-    for part in _map(decoder.group, groups, workers):
-        decoded |= part
-    return decoded
-
-
-def _following(encoded: EncodedSave, decoded: dict[int, CodedTensor]) -> Reference:
-    following = Reference(digest=encoded.digest)
-    entries: list[tuple[str, str, list[int], int]] = []
-    for number, record in enumerate(encoded.header["records"]):
-        if "squared_error" in record:
-            name = str(record["path"][-1])
-            decoded[number].squared_error = record["squared_error"]
-            _follow(following, name, decoded[number])
-            entries.append((name, record["dtype"], record["shape"], record["crc32"]))
-    if _digest(entries) != encoded.digest:
-        raise ValueError("ExCP: the save's digest does not fit its tensors; restore the file from a copy")
-    return following
-
-
-def _groups(records: list[dict[str, Any]]) -> list[list[int]]:
-    """Records of one parameter together, as the later ones may need the earlier ones."""
-    groups: dict[int, list[int]] = {}
-    for number, record in enumerate(records):
-        if record["kind"] != "tied":
-            groups.setdefault(record["group"], []).append(number)
-    return list(groups.values())
-
-
-class _Decoder:
-    def __init__(self, encoded: EncodedSave, reference: Reference, verify: bool) -> None:
-        self.records, self.payload = encoded.header["records"], memoryview(encoded.payload)
-        self.reference, self.verify = reference, verify
-
-    def group(self, numbers: list[int]) -> dict[int, CodedTensor]:
-        done: dict[int, CodedTensor] = {}
-        for number in numbers:
-            record = self.records[number]
-            label = "/".join(map(str, record["path"]))
-            try:
-                done[number] = self.record(record, label, done)
-            except (KeyError, IndexError, TypeError) as error:
-                raise ValueError(f"ExCP: {label} is damaged ({error}); restore the file from a copy") from error
-            if self.verify and _checksum(done[number].decoded) != record["crc32"]:
-                raise ValueError(
-                    f"ExCP: {label} decodes to other values than were saved; the chain before it or the file is damaged"
-                )
-        return done
-
-    def record(self, record: dict[str, Any], label: str, done: dict[int, CodedTensor]) -> CodedTensor:
-        dtype, shape = DTYPES[record["dtype"]], tuple(record["shape"])
-        streams = {
-            name: read_part(self.payload, place, what=f"{label} ({name})") for name, place in record["streams"].items()
-        }
-        needs = {role: done[place] for role, place in record.get("needs", {}).items()}
-        kind, meta = record["kind"], record.get("meta", {})
-        like = torch.empty(shape, dtype=dtype, device="meta")
-        name = str(record["path"][-1])
-        if kind == "exact":
-            return CodedTensor(kind, {}, decode_exact(streams["exact"], dtype, shape))
-        if kind == "unchanged":
-            return CodedTensor(kind, {}, self.reference.weights[name])
-        if kind == "residual":
-            return decode_weight(streams, meta, self.reference.weights[name], self.reference.classes.get(name))
-        if kind == "first_moment":
-            return decode_first_moment(
-                streams, meta, like, weight=needs.get("weight"), second_moment=needs.get("second_moment")
-            )
-        if kind in ("rank1", "log_kmeans", "masked"):
-            return decode_second_moment(kind, streams, meta, like, needs.get("first_moment"))
-        raise ValueError(f"ExCP: {label} is stored as {kind!r}, which this version does not know; upgrade tenfold")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..atomic_file import replacing
-from .codec import EncodedSave
+from .saves import EncodedSave
 
 MAGIC = "tenfold-excp"
 VERSION = 1

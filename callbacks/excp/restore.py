@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from .alias import decode_alias
-from .codec import EncodedSave, Reference, advance, decode
 from .container import Identity, is_save, read_identity, read_save
+from .decoding import advance, decode
+from .saves import EncodedSave, Reference
 from .store import SaveStore, store_of
 
 Progress = Callable[[int, int], None]

@@ -17,8 +17,8 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from ..atomic_file import sync_folder
-from .codec import EncodedSave
 from .container import Identity, envelope, identity_of, is_save, read_identity, write_envelope
+from .saves import EncodedSave
 
 FOLDER = "excp"
 _DIGITS = 16

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .alias import coded_paths
-from .codec import EncodedSave, Reference, decode
 from .container import is_save, read_identity, read_save
+from .decoding import decode
 from .restore import restore
+from .saves import EncodedSave, Reference
 from .store import Entry, SaveStore
 
 

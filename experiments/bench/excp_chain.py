@@ -369,8 +369,9 @@ CODEC_SOURCES = (
     *(
         _CODEC / f"{name}.py"
         for name in (
-            "adam", "adam_state", "codec", "container", "entropy", "exact", "first_moment", "histogram", "indices",
-            "options", "payload", "pruning", "quantiser", "second_moment", "tree", "weights",
+            "adam", "adam_state", "codec", "container", "decoding", "entropy", "exact", "first_moment", "histogram",
+            "indices", "lookup", "options", "payload", "pruning", "quantiser", "saves", "second_moment", "tree",
+            "weights",
         )
     ),
     _HERE / "excp_chain.py",
