@@ -1,13 +1,14 @@
 """Bits per byte and bucket entropy of small decoders on the same tokens, three seeds: `experiments/memoryformer`.
 
-Runs are kept in `runs/memoryformer-quality`; what is there is not trained again.
+Runs are kept in `runs/memoryformer-quality`; what is there is not trained again. Started several times, the command
+spreads the runs over its processes.
 """
 
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..memoryformer.quality import QUICK, SEEDS, VARIANTS, Study, run_one
+from ..kept_runs import mean_and_spread
+from ..memoryformer.quality import QUICK, SEEDS, VARIANTS, Study, runs
 from .registry import Settings
 from .rows import Row, ratio
 
@@ -25,18 +26,17 @@ def run(settings: Settings) -> Iterator[Row]:
     seeds = SEEDS[:1] if settings.quick else SEEDS
     names = ["dense", "tau-8"] if settings.quick else list(VARIANTS)
     baseline: dict[str, float] = {}
-    for name in names:
-        runs = [run_one(name, seed, study, FOLDER) for seed in seeds]
+    for name, results in runs(study, FOLDER).all(names, seeds).items():
         for metric, (unit, higher) in METRICS.items():
-            if metric not in runs[0]["metrics"]:
+            if metric not in results[0]["metrics"]:
                 continue
-            samples = [result["metrics"][metric] for result in runs]
-            mean = statistics.fmean(samples)
+            samples = [result["metrics"][metric] for result in results]
+            mean, spread = mean_and_spread(samples)
             theirs = baseline.get(metric)
             if name == names[0]:
                 baseline[metric] = mean
             yield Row(
-                f"{name} parameters={runs[0]['parameters']}",
+                f"{name} parameters={results[0]['parameters']}",
                 metric.replace("val/", "").replace("/", "_"),
                 mean,
                 unit,
@@ -44,5 +44,5 @@ def run(settings: Settings) -> Iterator[Row]:
                 peer_value=theirs,
                 ratio=None if theirs is None else ratio(mean, theirs, higher_is_better=higher),
                 repeats=len(samples),
-                spread=max(samples) - min(samples),
+                spread=spread,
             )

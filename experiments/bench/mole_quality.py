@@ -1,13 +1,14 @@
 """Held-out loss and lm-eval scores of small decoders on the same tokens, three seeds: `experiments/mole/quality.py`.
 
-Runs are kept in `runs/mole-quality`; what is there is not trained again.
+Runs are kept in `runs/mole-quality`; what is there is not trained again. Started several times, the command spreads the
+runs over its processes.
 """
 
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..mole.quality import QUICK, SEEDS, VARIANTS, Study, run_one
+from ..kept_runs import mean_and_spread
+from ..mole.quality import QUICK, SEEDS, VARIANTS, Study, runs
 from .registry import Settings
 from .rows import Row, ratio
 
@@ -24,16 +25,15 @@ def run(settings: Settings) -> Iterator[Row]:
     seeds = SEEDS[:1] if settings.quick else SEEDS
     names = ["dense", "mole-4e", "bigram-4e"] if settings.quick else list(VARIANTS)
     baseline: dict[str, float] = {}
-    for name in names:
-        runs = [run_one(name, seed, study, FOLDER) for seed in seeds]
-        values = {"val_loss": ([result["val_loss"] for result in runs], "nats", False)}
+    for name, results in runs(study, FOLDER).all(names, seeds).items():
+        values = {"val_loss": ([result["val_loss"] for result in results], "nats", False)}
         for task, (metric, unit, higher) in METRICS.items():
-            values[task] = ([result["scores"][task][metric] for result in runs], unit, higher)
+            values[task] = ([result["scores"][task][metric] for result in results], unit, higher)
         for metric, (samples, unit, higher) in values.items():
-            mean = statistics.fmean(samples)
+            mean, spread = mean_and_spread(samples)
             theirs = baseline.setdefault(metric, mean)
             yield Row(
-                f"{name} parameters={runs[0]['parameters']}",
+                f"{name} parameters={results[0]['parameters']}",
                 metric,
                 mean,
                 unit,
@@ -41,5 +41,5 @@ def run(settings: Settings) -> Iterator[Row]:
                 peer_value=None if name == names[0] else theirs,
                 ratio=None if name == names[0] else ratio(mean, theirs, higher_is_better=higher),
                 repeats=len(samples),
-                spread=max(samples) - min(samples),
+                spread=spread,
             )

@@ -1,17 +1,18 @@
 """Small-scale science: what the paper's ablations and its missing baselines give on the same tokens, several seeds.
 
-Every run is a JSON file in a folder named after the settings, so that a study that was stopped goes on where it was.
+Runs are kept by `experiments/kept_runs.py`: a study that was stopped goes on where it was, and several processes may
+work on one.
 """
 
-import hashlib
-import json
-import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..kept_runs import KeptRuns, settings_digest
 
 SEEDS = (0, 1, 2)
 
@@ -43,7 +44,7 @@ class Study:
     @property
     def digest(self) -> str:
         """Names the settings."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        return settings_digest(self)
 
 
 QUICK = Study(steps=3, batch_size=2, sequence_length=32, vocabulary=300, val_batches=1, hidden_size=32, num_layers=1)
@@ -110,6 +111,11 @@ def num_parameters(fields: dict[str, Any]) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def runs(study: Study, folder: Path) -> KeptRuns:
+    """The study's runs, kept in `folder`."""
+    return KeptRuns(folder, study, partial(result_of, study=study))
+
+
 def run_one(variant: str, seed: int, study: Study, folder: Path) -> dict[str, Any]:
     """The result of a run: what lies in the folder, or of training it now.
 
@@ -118,9 +124,15 @@ def run_one(variant: str, seed: int, study: Study, folder: Path) -> dict[str, An
     """
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; there are {', '.join(VARIANTS)}")
-    path = folder / study.digest / f"{variant}-{seed}.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+    return runs(study, folder).get(variant, seed)
+
+
+def result_of(variant: str, seed: int, study: Study) -> dict[str, Any]:
+    """Train a variant and measure it.
+
+    Raises:
+        ValueError: a training that diverged.
+    """
     import lightning.pytorch as pl
 
     from ...callbacks import BucketUse
@@ -157,18 +169,8 @@ def run_one(variant: str, seed: int, study: Study, folder: Path) -> dict[str, An
     begin = time.perf_counter()
     trainer.fit(module, data)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("train/")}
-    result: dict[str, Any] = {
-        "variant": variant,
-        "seed": seed,
-        "study": asdict(study),
+    return {
         "parameters": sum(p.numel() for p in module.parameters()),
         "seconds": round(time.perf_counter() - begin, 1),
         "metrics": metrics,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-    return result

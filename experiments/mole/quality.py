@@ -1,16 +1,13 @@
 """Small-scale science: decoders of one activated size on the same tokens, several seeds, what MoLE's paper leaves out.
 
-Every run is a JSON file in a folder that is named after the settings, so that a study that was stopped goes on where it
-was, and runs can be spread over machines.
+Runs are kept by `experiments/kept_runs.py`: a study that was stopped goes on where it was, and several processes may
+work on one.
 """
 
-import hashlib
-import json
 import math
-import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ import torch
 from ...lightning_modules.decoder import DecoderForCausalLM, decoder_config
 from ...lightning_modules.language_model import cosine_with_warmup
 from ...lightning_modules.mole.adapter import AdapterConfig, add_lookup_experts
+from ..kept_runs import KeptRuns, settings_digest
 
 SEEDS = (0, 1, 2)
 TASKS = ("wikipedia_bits_per_byte", "wikipedia_title_cloze")
@@ -50,7 +48,7 @@ class Study:
     @property
     def digest(self) -> str:
         """Names the settings."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        return settings_digest(self)
 
 
 QUICK = Study(steps=3, batch_size=2, sequence_length=64, vocabulary=300, val_batches=1, task_documents=4)
@@ -85,6 +83,11 @@ VARIANTS: dict[str, Callable[[int], Any]] = {
 }
 
 
+def runs(study: Study, folder: Path) -> KeptRuns:
+    """The study's runs, kept in `folder`."""
+    return KeptRuns(folder, study, partial(result_of, study=study))
+
+
 def run_one(variant: str, seed: int, study: Study, folder: Path) -> dict[str, Any]:
     """The result of a run: what lies in the folder, or of training it now.
 
@@ -93,9 +96,15 @@ def run_one(variant: str, seed: int, study: Study, folder: Path) -> dict[str, An
     """
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; there are {', '.join(VARIANTS)}")
-    path = folder / study.digest / f"{variant}-{seed}.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+    return runs(study, folder).get(variant, seed)
+
+
+def result_of(variant: str, seed: int, study: Study) -> dict[str, Any]:
+    """Train a variant and measure it.
+
+    Raises:
+        ValueError: a loss that is no number.
+    """
     from ...datamodules import TextDataModule
 
     data = TextDataModule(
@@ -110,22 +119,12 @@ def run_one(variant: str, seed: int, study: Study, folder: Path) -> dict[str, An
     model = VARIANTS[variant](data.vocab_size).train()
     begin = time.perf_counter()
     train(model, data.train_dataloader(), study)
-    result: dict[str, Any] = {
-        "variant": variant,
-        "seed": seed,
-        "study": asdict(study),
+    return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "train_seconds": round(time.perf_counter() - begin, 1),
         "val_loss": held_out_loss(model.eval(), data.val_dataloader(), study.val_batches),
         "scores": _scores(model, data, study),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-    return result
 
 
 def train(model: Any, batches: Any, study: Study) -> None:
