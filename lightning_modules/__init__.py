@@ -6,6 +6,7 @@ import lazy_loader
 from . import decoder as _decoder  # noqa: F401
 from . import memoryformer as _memoryformer  # noqa: F401
 from . import mole as _mole  # noqa: F401
+from . import slab as _slab  # noqa: F401
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
@@ -16,5 +17,14 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "memoryformer.module": ["MemoryFormerLightning"],
         "mole": ["MoLEForCausalLM", "MoLELookupConfig", "MoLELookupForCausalLM"],
         "mole.module": ["MoLELightning"],
+        "slab": [
+            "PRepBNLlamaForCausalLM",
+            "ProgressiveNorm",
+            "RepBatchNorm",
+            "follow_attention_mask",
+            "progressive_norm",
+            "replace_norms",
+            "set_token_mask",
+        ],
     },
 )

@@ -284,6 +284,11 @@ class DecoderModel(DecoderPreTrainedModel):
         )
         if self._reads_history:
             tokens.begin(past_key_values)
+        if self.training:
+            for module in self.modules():
+                # norms with statistics over tokens leave padding out
+                if hasattr(module, "token_mask"):
+                    module.token_mask = tokens.attention_mask
         hidden_states = F.dropout(inputs_embeds, self.config.embedding_dropout, self.training)
         position_embeddings = self.rotary(hidden_states, position_ids=position_ids)
         for layer in self.layers:
