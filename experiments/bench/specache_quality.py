@@ -36,6 +36,10 @@ def run(settings: Settings) -> Iterator[Row]:
         for bits in (2, 1):
             name = case if bits == 2 else f"{case} bits={bits}"
             yield from _rows(name, suite, bits, scores, result["missing"])
+    for length in result["study"]["needle_lengths"]:
+        scores = summary(result, "needle", length=length)
+        for bits in (2, 1):
+            yield from _rows(f"needle length={length} bits={bits}", "needle", bits, scores, result["missing"])
 
 
 def _tell(line: str) -> None:

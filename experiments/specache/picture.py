@@ -41,21 +41,22 @@ _COLOURS = {1: "#d98c3f", 2: "#3f7fd9"}
 
 
 def _needles(result: dict[str, Any], axis: Any, figure: Any) -> None:
-    """Caches by depth, coloured by the share of needles found."""
-    found: dict[str, dict[float, list[float]]] = {}
+    """Caches by length and depth, coloured by the share of needles found."""
+    found: dict[str, dict[tuple[int, float], list[float]]] = {}
     for record in result["batches"]:
         if record["suite"] != "needle":
             continue
         for label, values in record["methods"].items():
             for depth, score in zip(record["depths"], values["scores"], strict=True):
-                found.setdefault(label, {}).setdefault(depth, []).append(100 * score)
-    depths = sorted({depth for cells in found.values() for depth in cells})
-    grid = [[fmean(cells[depth]) for depth in depths] for cells in found.values()]
+                found.setdefault(label, {}).setdefault((record["length"], depth), []).append(100 * score)
+    columns = sorted({column for cells in found.values() for column in cells})
+    grid = [[fmean(cells[column]) for column in columns] for cells in found.values()]
     if not grid:
         return
     mesh = axis.pcolormesh(grid, cmap="RdYlGn", vmin=0, vmax=100, edgecolors="#888888", linewidth=0.5)
     axis.set_yticks([place + 0.5 for place in range(len(found))], list(found))
-    axis.set_xticks([place + 0.5 for place in range(len(depths))], [f"{depth:g}" for depth in depths])
+    names = [f"{length}\n{depth:g} %" for length, depth in columns]
+    axis.set_xticks([place + 0.5 for place in range(len(columns))], names, fontsize="x-small")
     axis.invert_yaxis()
-    axis.set_xlabel("depth of the needle (%)")
+    axis.set_xlabel("tokens of the prompt, depth of the needle")
     figure.colorbar(mesh, ax=axis, label="found (%)")

@@ -4,6 +4,7 @@ A prompt is read once and all caches start from it, so that differences are the 
 scored by the tasks' own code. Finished batches are kept in a file; a run that was stopped goes on after the last one.
 """
 
+import hashlib
 import json
 import math
 import time
@@ -40,9 +41,10 @@ class Study:
     Attributes:
         model: Model by name.
         dtype: Of the weights and of everything that is kept in full precision.
-        lengths: Tokens of prompt and answer together.
+        lengths: Tokens of prompt and answer together, of `longbench_local` and of perplexity.
+        needle_lengths: The same for the needle, whose batches are few.
         depths: Where needles lie, in percent.
-        rounds: Batches per task and length; each has other prompts.
+        rounds: Batches per task and length; each has other prompts. More rounds go on where fewer ended.
         batch_size: Prompts per batch of `longbench_local` and of perplexity; the needle has one per depth.
         scored_tokens: Tokens after each prompt behind the perplexity.
         seed: Of all prompts.
@@ -54,8 +56,9 @@ class Study:
     model: str = "asset:smollm2-135m"
     dtype: str = "bfloat16"
     lengths: tuple[int, ...] = (2048,)
+    needle_lengths: tuple[int, ...] = (2048, 4096, 8192)
     depths: tuple[float, ...] = (10.0, 50.0, 90.0)
-    rounds: int = 8
+    rounds: int = 3
     batch_size: int = 2
     scored_tokens: int = 16
     seed: int = 0
@@ -69,8 +72,14 @@ class Study:
             bits=bits, top_k=self.top_k, residual_length=self.residual_length, group_size=self.group_size
         )
 
+    @property
+    def digest(self) -> str:
+        """Names what one batch depends on: not how many there are."""
+        settings = asdict(replace(self, lengths=(), needle_lengths=(), rounds=0))
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
-QUICK = Study(lengths=(512,), depths=(50.0,), rounds=1, batch_size=1, scored_tokens=8)
+
+QUICK = Study(lengths=(512,), needle_lengths=(512,), depths=(50.0,), rounds=1, batch_size=1, scored_tokens=8)
 
 
 @dataclass(frozen=True)
@@ -104,14 +113,19 @@ class Batch:
 
 
 def batches(study: Study, tokenizer: Any, documents: list[dict[str, Any]]) -> Iterator[Batch]:
-    """All batches, short ones first, rounds before lengths, so that an unfinished study is balanced."""
-    for length in study.lengths:
-        for number in range(study.rounds):
-            yield _text(study, tokenizer, documents, length, number)
-            yield from _tasks(study, tokenizer, documents, length, number)
+    """All batches, round by round, so that an unfinished study is balanced."""
+    for number in range(study.rounds):
+        for length in sorted({*study.lengths, *study.needle_lengths}):
+            if length in study.needle_lengths:
+                yield from _tasks("needle", study, tokenizer, documents, length, number)
+            if length in study.lengths:
+                yield from _tasks("longbench_local", study, tokenizer, documents, length, number)
+                yield _text(study, tokenizer, documents, length, number)
 
 
-def _tasks(study: Study, tokenizer: Any, documents: list[dict[str, Any]], length: int, number: int) -> Iterator[Batch]:
+def _tasks(
+    suite: str, study: Study, tokenizer: Any, documents: list[dict[str, Any]], length: int, number: int
+) -> Iterator[Batch]:
     def wrap(prompt: str, chat: bool) -> str:
         if not chat:
             return prompt
@@ -119,23 +133,22 @@ def _tasks(study: Study, tokenizer: Any, documents: list[dict[str, Any]], length
         return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
 
     options = LongContextOptions(
-        lengths=(length,), depths=study.depths, seed=study.seed + number, documents=documents, num_samples=1
-    )
-    for suite in ("needle", "longbench_local"):
-        count = 1 if suite == "needle" else study.batch_size
-        plan = plan_long_context([suite], options=replace(options, num_samples=count), data_dirs=[])
-        for name, task in plan.build(tokenizer, window=length, wrap=wrap).tasks.items():
-            docs = list(task.eval_docs)
-            yield Batch(
-                suite=suite,
-                task=name,
-                length=length,
-                number=number,
-                texts=tuple(task.fewshot_context(doc) for doc in docs),
-                new_tokens=task.config.generation_kwargs["max_gen_toks"],
-                score=partial(_score, task, docs),
-                depths=tuple(doc["depth"] for doc in docs) if suite == "needle" else (),
-            )
+        lengths=(length,), depths=study.depths, seed=study.seed + number, documents=documents,
+        num_samples=1 if suite == "needle" else study.batch_size,
+    )  # fmt: skip
+    plan = plan_long_context([suite], options=options, data_dirs=[])
+    for name, task in plan.build(tokenizer, window=length, wrap=wrap).tasks.items():
+        docs = list(task.eval_docs)
+        yield Batch(
+            suite=suite,
+            task=name,
+            length=length,
+            number=number,
+            texts=tuple(task.fewshot_context(doc) for doc in docs),
+            new_tokens=task.config.generation_kwargs["max_gen_toks"],
+            score=partial(_score, task, docs),
+            depths=tuple(doc["depth"] for doc in docs) if suite == "needle" else (),
+        )
 
 
 def _score(task: Any, docs: list[dict[str, Any]], place: int, answer: str) -> float:
@@ -168,15 +181,12 @@ def run_study(study: Study, folder: Path, report: Callable[[str], None]) -> dict
     Raises:
         ValueError: The model or the articles are not there.
     """
-    import hashlib
-
     from ...datamodules.assets import resolve
     from ...datamodules.documents import list_files, read_documents
     from ..model_source import load_source, source_tokenizer
 
-    settings = json.dumps(asdict(study), sort_keys=True)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{hashlib.sha256(settings.encode()).hexdigest()[:12]}.jsonl"
+    path = folder / f"{study.digest}.jsonl"
     done = _finished(path)
     source = load_source(study.model, dtype=study.dtype)  # type: ignore[arg-type]
     tokenizer = source_tokenizer(source)
@@ -187,13 +197,15 @@ def run_study(study: Study, folder: Path, report: Callable[[str], None]) -> dict
         for row in read_documents(file)
     ]
     reasons: dict[str, str] = {}
+    wanted = []
     for batch in batches(study, tokenizer, documents):
         if batch.key in done:
+            wanted.append(done[batch.key])
             continue
         start = time.perf_counter()
         part = path.with_suffix(".part.json")
         kept = json.loads(part.read_text(encoding="utf-8")) if part.exists() else {}
-        found = kept.get("methods", {}) if kept.get("key") == batch.key else {}
+        found: dict[str, Any] = kept.get("methods", {}) if kept.get("key") == batch.key else {}
         for label, values in _run_batch(study, source.model, tokenizer, batch, reasons, skip=set(found)):
             found[label] = values
             # method by method: a run that is stopped loses one
@@ -203,9 +215,9 @@ def run_study(study: Study, folder: Path, report: Callable[[str], None]) -> dict
                   "number": batch.number, "depths": batch.depths, "methods": found}  # fmt: skip
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        done[batch.key] = record
+        wanted.append(record)
         report(f"{batch.key}: {len(batch.texts)} prompts in {time.perf_counter() - start:.0f} s")
-    return {"study": asdict(study), "missing": reasons, "batches": list(done.values())}
+    return {"study": asdict(study), "missing": reasons, "batches": wanted}
 
 
 def _finished(path: Path) -> dict[str, dict[str, Any]]:

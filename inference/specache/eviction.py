@@ -300,13 +300,21 @@ def attention_received(
     pads = torch.tensor(padding, device=key.device).view(-1, 1, 1)
     places = torch.arange(columns, device=key.device)
     total = torch.zeros(batch, num_heads, columns, dtype=dtype, device=key.device)
+    padded = any(padding)
     for start in range(0, columns, _OBSERVED_QUERIES):
-        part = rows[:, :, :, start : start + _OBSERVED_QUERIES].to(dtype)
+        part = rows[:, :, :, start : start + _OBSERVED_QUERIES].to(dtype) * factor
         end = start + part.shape[3]
-        seen = (places[:end] <= places[start:end, None]) & (places[:end] >= pads)  # (B, Q, end)
-        scores = part @ key[:, :, None, :end].to(dtype).transpose(3, 4) * factor
-        weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(4)
-        # a padding column sees nothing at all
-        weights = weights.masked_fill((places[start:end, None] < pads)[:, None, None], 0.0)
+        scores = part @ key[:, :, None, :end].to(dtype).transpose(3, 4)
+        # only the last block holds columns that are later than some query
+        later = places[start:end] > places[start:end, None]
+        scores[..., start:].masked_fill_(later, -torch.inf)
+        if padded:
+            unseen = (places[:end] < pads) | (places[start:end, None] < pads)
+            # a padding column sees itself, and what it gives is dropped
+            unseen &= places[:end] != places[start:end, None]
+            scores.masked_fill_(unseen[:, None, None], -torch.inf)
+        weights = scores.softmax(4)
+        if padded:
+            weights.masked_fill_((places[start:end, None] < pads)[:, None, None], 0.0)
         total[..., :end] += weights.sum((2, 3))
     return total

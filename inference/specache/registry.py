@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 
+from .accounting import CacheShape
 from .cache import SpeCache
 from .decoding_cache import DecodingCache
 from .eviction import HeavyHitterCache, WindowCache
@@ -100,6 +101,13 @@ def _without(options: tuple[CacheOption, ...], *names: str) -> tuple[CacheOption
 
 
 def _build_quantized(config: PreTrainedConfig, quantizer: str = "hqq", **options: Any) -> Cache:
+    shape, group = CacheShape.of(config, torch.float32), options["q_group_size"]
+    if quantizer == "hqq" and shape.num_heads * shape.head_dim % group:
+        # hqq cuts the whole tensor into groups, whatever its axes
+        raise ValueError(
+            f"q_group_size is {group}; for hqq it must divide the {shape.num_heads * shape.head_dim} key channels of a "
+            "token, or prompts of some lengths fail: choose another"
+        )
     return QuantizedCache(backend=quantizer, config=config, **options)
 
 

@@ -92,3 +92,11 @@ def test_what_is_missing_on_this_machine_is_told(tiny_llama, monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="cache 'offloaded' needs a CUDA device"):
         build_cache("offloaded", tiny_llama().config)
+
+
+def test_groups_that_hqq_cannot_cut_are_refused_before_a_prompt_is_read(tiny_llama, monkeypatch) -> None:
+    from tenfold.inference.specache import registry
+
+    monkeypatch.setattr(registry, "_installed", lambda _: True)
+    with pytest.raises(ValueError, match="q_group_size is 7; for hqq it must divide the .* key channels"):
+        build_cache("quantized", tiny_llama().config, q_group_size=7)
