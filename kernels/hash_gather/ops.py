@@ -11,6 +11,7 @@ from ..weighted_gather import weighted_gather
 from . import cpu_hash_gather
 from .int8_rows import SCALE_BYTES, dequantise_rows
 from .reference import MAX_BITS, Weighting, bucket_weights, hash_gather_reference, num_tables, sign_codes, split
+from .sparse_gradient import sparse_table_gradient, weighted_gather_sparse_grad
 
 Backend = Literal["triton", "cpu", "reference"]
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -51,6 +52,7 @@ def hash_gather(
     weighting: Weighting = "l1",
     temperature: float = 1.0,
     backend: Backend | None = None,
+    sparse_grad: bool = False,
 ) -> Tensor:
     """Memory layer without its bias: `out[t] = sum_k weight[t, k] * table[row[t, k]]` with the hash of `sign_hash`.
 
@@ -65,6 +67,8 @@ def hash_gather(
         temperature: see `sign_hash`.
         backend: `triton` (CUDA, or any device under Triton's interpreter), `cpu`, or `reference` (plain torch,
             gradients by autograd). Default: `triton` on CUDA where Triton is installed, `cpu` on the CPU.
+        sparse_grad: give the table's gradient as a COO tensor of the rows that were used. Compiled graphs
+            give a dense one all the same.
 
     Returns:
         (..., H) in the table's dtype.
@@ -85,14 +89,18 @@ def hash_gather(
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     chosen = _pick(backend, x)
     if chosen == "reference":
+        if sparse_grad:
+            raise ValueError("backend 'reference' gives dense gradients; leave sparse_grad out, or use another backend")
         _refuse_nan(bucket_weights(*split(flat, num_bits), weighting, temperature), flat)
         out = hash_gather_reference(flat, table, num_bits, weighting, temperature)
     elif chosen == "triton":
-        out = _FusedHashGather.apply(flat, table, num_bits, weighting, temperature)
+        out = _FusedHashGather.apply(flat, table, num_bits, weighting, temperature, sparse_grad)
     else:
         rows, weights = _hash(flat, num_bits, weighting, temperature)
         needs_grad = torch.is_grad_enabled() and (table.requires_grad or weights.requires_grad)
-        if needs_grad or torch.compiler.is_compiling():
+        if needs_grad and sparse_grad and not torch.compiler.is_compiling():
+            out = weighted_gather_sparse_grad(table, rows, weights)
+        elif needs_grad or torch.compiler.is_compiling():
             out = weighted_gather(table, rows, weights, backend="cpu")
         else:
             out = cpu_hash_gather.forward(table, rows, weights)
@@ -248,12 +256,20 @@ class _FusedHashGather(torch.autograd.Function):
     """The Triton path: keeps the input and the rows, so that no bit can flip when weights are recomputed."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, table: Tensor, num_bits: int, weighting: Weighting, temperature: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        table: Tensor,
+        num_bits: int,
+        weighting: Weighting,
+        temperature: float,
+        sparse_grad: bool,
+    ) -> Tensor:
         from . import triton_hash_gather
 
         out, rows = triton_hash_gather.forward(x, table, num_bits, weighting, temperature)
         ctx.save_for_backward(x, table, rows)
-        ctx.how = num_bits, weighting, temperature
+        ctx.how, ctx.sparse_grad = (num_bits, weighting, temperature), sparse_grad
         return out
 
     @staticmethod
@@ -264,5 +280,11 @@ class _FusedHashGather(torch.autograd.Function):
         x, table, rows = ctx.saved_tensors
         needs_x, needs_table = ctx.needs_input_grad[:2]
         grad_x = triton_hash_gather.grad_input(grad, x, table, rows, *ctx.how) if needs_x else None
-        grad_table = triton_hash_gather.grad_table(grad, x, table, rows, *ctx.how) if needs_table else None
-        return grad_x, grad_table, None, None, None
+        grad_table = None
+        if needs_table and ctx.sparse_grad:
+            num_bits, *how = ctx.how
+            weights = bucket_weights(*split(x, num_bits), *how)
+            grad_table = sparse_table_gradient(grad, table, rows, weights, "triton")
+        elif needs_table:
+            grad_table = triton_hash_gather.grad_table(grad, x, table, rows, *ctx.how)
+        return grad_x, grad_table, None, None, None, None

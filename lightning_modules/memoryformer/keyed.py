@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization
 
+from ...kernels.hash_gather import weighted_gather_sparse_grad
 from ...kernels.weighted_gather import weighted_gather
 from ..decoder.configuration import DecoderConfig
 from ..decoder.feed_forward import DenseFeedForward
@@ -85,6 +86,8 @@ class KeyedMemory(nn.Module):
         self.table = nn.Parameter(torch.empty(self.num_terms * self.num_rows, config.hidden_size))
         self.router = nn.Linear(config.hidden_size, self.num_terms, bias=False) if gate != "none" else None
         self.dense = DenseFeedForward(config, layer_index) if beside_dense else None
+        # set by a trainer whose optimiser wants it, see `MemoryLayer`
+        self.sparse_grad = False
 
     @property
     def reads_history(self) -> bool:
@@ -123,5 +126,7 @@ class KeyedMemory(nn.Module):
         else:
             logits = self.router(hidden_states)
             weights = logits.sigmoid() if self.gate == "sigmoid" else logits.softmax(-1)
-        out = weighted_gather(self.table, rows, weights.to(self.table.dtype)).to(hidden_states.dtype)
+        wants_grad = torch.is_grad_enabled() and self.table.requires_grad and not torch.compiler.is_compiling()
+        gather = weighted_gather_sparse_grad if self.sparse_grad and wants_grad else weighted_gather
+        out = gather(self.table, rows, weights.to(self.table.dtype)).to(hidden_states.dtype)
         return out if self.dense is None else out + self.dense(hidden_states, tokens)

@@ -41,6 +41,7 @@ class MemoryLayer(nn.Module):
             tables as bytes for inference.
         init_std: standard deviation of the tables' initial values.
         initialise: fill the parameters now; models that do so themselves pass False.
+        sparse_grad: give the table a sparse gradient of the rows that were used, as `nn.Embedding(sparse=True)` does.
 
     Raises:
         ValueError: tau is not 1 to 16, or does not divide the width and `remainder` is `refuse`; an unknown name.
@@ -61,12 +62,14 @@ class MemoryLayer(nn.Module):
         table_format: TableFormat = "parameter",
         init_std: float = 0.02,
         initialise: bool = True,
+        sparse_grad: bool = False,
     ) -> None:
         super().__init__()
         check_options(in_features, num_bits, weighting, remainder, table_format)
         self.in_features, self.out_features, self.num_bits = in_features, out_features, num_bits
         self.weighting, self.temperature, self.table_format = weighting, temperature, table_format
         self.num_tables, self.init_std = num_tables(in_features, num_bits), init_std
+        self.sparse_grad = sparse_grad
         num_rows = self.num_tables << num_bits
         self.table: nn.Parameter | None = None
         if table_format == "parameter":
@@ -108,7 +111,7 @@ class MemoryLayer(nn.Module):
             raise ValueError(f"the input has {x.shape[-1]} values per token, this layer takes {self.in_features}")
         how: dict[str, Any] = {"weighting": self.weighting, "temperature": self.temperature}
         if self.table is not None:
-            out = hash_gather(x, self.table, self.num_bits, **how)
+            out = hash_gather(x, self.table, self.num_bits, sparse_grad=self.sparse_grad, **how)
         elif self.table_format == "int8":
             out = hash_gather_int8(x, self.records, self.num_bits, **how)
         else:
