@@ -5,6 +5,7 @@ import lazy_loader as lazy
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
+        "bn_recalibration": ["BatchNormRecalibration"],
         "bucket_use": ["BucketUse"],
         "checkpoint": ["RunCheckpoint"],
         "checkpoint_io": ["AtomicCheckpointIO"],
@@ -14,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "generation_preview": ["GenerationPreview"],
         "graceful_interrupt": ["GracefulInterrupt"],
         "plain_progress": ["PlainProgress"],
+        "slab_schedule": ["PRepBNSchedule"],
         "step_seed": ["StepSeed"],
         "throughput": ["TokenThroughput"],
     },

@@ -215,6 +215,8 @@ class DecoderModel(DecoderPreTrainedModel):
         # a layer that looks up what came before the current tokens says so
         self._reads_history = any(getattr(layer.feed_forward, "reads_history", False) for layer in self.layers)
         self.norm = NORMS.build(config.norm, config, config.hidden_size, **config.options("norm"))
+        # norms with statistics over tokens leave padding out
+        self._masked_norms: list[Any] = [module for module in self.modules() if hasattr(module, "token_mask")]
         self.rotary = DecoderRotaryEmbedding(config)  # type: ignore[arg-type]  # reads the same fields
         self.gradient_checkpointing = False
         self.post_init()
@@ -284,11 +286,10 @@ class DecoderModel(DecoderPreTrainedModel):
         )
         if self._reads_history:
             tokens.begin(past_key_values)
-        if self.training:
-            for module in self.modules():
-                # norms with statistics over tokens leave padding out
-                if hasattr(module, "token_mask"):
-                    module.token_mask = tokens.attention_mask
+        if self._masked_norms:
+            padded = tokens.attention_mask is not None and not tokens.attention_mask.all()
+            for norm in self._masked_norms:
+                norm.token_mask = tokens.attention_mask if padded else None
         hidden_states = F.dropout(inputs_embeds, self.config.embedding_dropout, self.training)
         position_embeddings = self.rotary(hidden_states, position_ids=position_ids)
         for layer in self.layers:

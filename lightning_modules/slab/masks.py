@@ -25,7 +25,7 @@ def set_token_mask(model: nn.Module, mask: Tensor | None) -> None:
 
 
 def follow_attention_mask(model: nn.Module, argument: str = "attention_mask") -> RemovableHandle:
-    """Take the token mask from an argument of every training pass of `model`; the decoder does so by itself.
+    """Take the token mask from an argument of every pass with batch statistics; the decoder does it by itself.
 
     Args:
         model: a model whose `forward` has the argument, (B, T) with 0 at padding. A mask of another number of
@@ -46,8 +46,11 @@ def follow_attention_mask(model: nn.Module, argument: str = "attention_mask") ->
             f"one, or call set_token_mask before each batch"
         )
 
+    norms = [module for module in model.modules() if isinstance(module, RepBatchNorm)]
+
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not module.training:
+        # not the model's own mode: in recalibration only the batch norms train
+        if not any(norm.bn.training for norm in norms):
             return
         given = signature.bind_partial(*args, **kwargs).arguments
         mask = given.get(argument)
@@ -56,6 +59,7 @@ def follow_attention_mask(model: nn.Module, argument: str = "attention_mask") ->
             tokens = given.get("inputs_embeds") if tokens is None else tokens
             mask = mask[:, -tokens.shape[1] :] if mask.dim() == 2 and tokens is not None else mask
             mask = None if mask.dim() != 2 or bool(mask.all()) else mask
-        set_token_mask(module, mask)
+        for norm in norms:
+            norm.token_mask = mask
 
     return model.register_forward_pre_hook(before, with_kwargs=True)

@@ -80,7 +80,7 @@ class RepBatchNorm(nn.Module):
         return self.bn.num_features  # type: ignore[return-value]
 
     def affine(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """a and b, each (C,), of `norm(x) == a * x + b` in evaluation; computed in `dtype`, the weights' by default."""
+        """The vectors a and b, each (C,), of `norm(x) == a * x + b` in evaluation, in `dtype` or the weights' own."""
         bn: Any = self.bn
         if bn.running_mean is None:
             raise ValueError(

@@ -219,7 +219,7 @@ def test_activation_checkpointing_counts_a_batch_once(reentrant):
 
 def test_refusals():
     norm = RepBatchNorm(4)
-    with pytest.raises(ValueError, match="got 1 token .* its variance needs at least 2; use a larger batch, or eval"):
+    with pytest.raises(ValueError, match=r"got 1 token .* its variance needs at least 2; use a larger batch, or eval"):
         norm(torch.randn(1, 1, 4))
     assert norm.eval()(torch.randn(1, 1, 4)).shape == (1, 1, 4)
     norm.train()
@@ -285,7 +285,7 @@ def test_statistics_of_two_processes_are_those_of_one_batch(tmp_path):
         port = free.getsockname()[1]
     # of unequal size
     parts = [(x[:1].clone(), mask[:1]), (x[1:].clone(), mask[1:])]
-    torch.multiprocessing.spawn(_process, (port, parts, tmp_path), nprocs=2)
+    torch.multiprocessing.start_processes(_process, (port, parts, tmp_path), nprocs=2, start_method="fork")
     norm = filled(RepBatchNorm(4))
     norm.token_mask = mask
     x.requires_grad_()
