@@ -7,6 +7,8 @@ attention projections and a feed-forward of 4 d with GELU (no norms before it, n
 Calls go through copies of the weights, so many that the dense ones together exceed the last-level cache, as the layers
 of a model do; tables exceed it anyway. Inputs change from call to call, or rows would stay in the cache. Peers compute
 something else (a dense layer) or, for `torch_composition`, the same: that one is compared with ours before it is timed.
+
+Training steps of tables: `memoryformer_optimizer.py`.
 """
 
 import itertools
@@ -19,6 +21,7 @@ from torch.nn import functional as F
 
 from ...lightning_modules.memoryformer.layer import MemoryLayer
 from ...lightning_modules.memoryformer.sizes import BlockSizes, check_memory, dense_multiply_adds, table_values
+from .memoryformer_optimizer import rows as optimizer_rows
 from .registry import Settings
 from .rows import Row, compare, missing_peer, ratio
 from .timing import copying, measure, require_same
@@ -39,6 +42,7 @@ def run(settings: Settings) -> Iterator[Row]:
         for part in ("layer", "projections", "block"):
             yield from _part_rows(part, d, tokens, settings)
         yield from _count_rows(d, tokens)
+    yield from optimizer_rows(settings)
 
 
 def _count_rows(d: int, tokens: tuple[int, ...]) -> Iterator[Row]:

@@ -11,6 +11,7 @@ from ...kernels.hash_gather import coalesced
 RowRule = Literal["lazy_adam", "rowwise_adam", "rowwise_adagrad"]
 # moments that a rule keeps beside a table of H columns, in values per value
 STATE_VALUES: dict[RowRule, int] = {"lazy_adam": 2, "rowwise_adam": 1, "rowwise_adagrad": 0}
+_CHUNK_VALUES = 2**16
 
 
 class RowWiseOptimizer(torch.optim.Optimizer):
@@ -78,7 +79,7 @@ class RowWiseOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step_rows(self, table: Tensor, rows: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        rule, state, (beta1, beta2) = group["row_rule"], self.state[table], group["betas"]
+        rule, state = group["row_rule"], self.state[table]
         if not state:
             state["step"] = torch.tensor(0.0)
             if rule != "rowwise_adagrad":
@@ -90,20 +91,30 @@ class RowWiseOptimizer(torch.optim.Optimizer):
                 state[name] = table.new_zeros(len(table), 1)
         state["step"] += 1
         step = state["step"].item()
-        values = table.index_select(0, rows).mul_(1 - group["lr"] * group["weight_decay"])
-        if rule == "rowwise_adagrad":
-            total = state["sum"].index_select(0, rows).add_(grad.square().mean(1, keepdim=True))
-            state["sum"].index_copy_(0, rows, total)
-            values.addcdiv_(grad, total.sqrt_().add_(group["eps"]), value=-group["lr"])
-        else:
-            square = grad.square() if rule == "lazy_adam" else grad.square().mean(1, keepdim=True)
-            first = state["exp_avg"].index_select(0, rows).lerp_(grad, 1 - beta1)
-            second = state["exp_avg_sq"].index_select(0, rows).mul_(beta2).add_(square, alpha=1 - beta2)
-            state["exp_avg"].index_copy_(0, rows, first)
-            state["exp_avg_sq"].index_copy_(0, rows, second)
-            scale = second.sqrt_().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
-            values.addcdiv_(first, scale, value=-group["lr"] / (1 - beta1**step))
-        table.index_copy_(0, rows, values)
+        # on a CPU a few rows at a time, whose copies stay in a core's cache
+        size = max(1, _CHUNK_VALUES // max(1, table.shape[1])) if table.device.type == "cpu" else max(1, len(rows))
+        for some, part in zip(rows.split(size), grad.split(size), strict=True):
+            _step_some(table, some, part, state, group, step)
+
+
+def _step_some(
+    table: Tensor, rows: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], step: float
+) -> None:
+    rule, (beta1, beta2) = group["row_rule"], group["betas"]
+    values = table.index_select(0, rows).mul_(1 - group["lr"] * group["weight_decay"])
+    if rule == "rowwise_adagrad":
+        total = state["sum"].index_select(0, rows).add_(grad.square().mean(1, keepdim=True))
+        state["sum"].index_copy_(0, rows, total)
+        values.addcdiv_(grad, total.sqrt_().add_(group["eps"]), value=-group["lr"])
+    else:
+        square = grad.square() if rule == "lazy_adam" else grad.square().mean(1, keepdim=True)
+        first = state["exp_avg"].index_select(0, rows).lerp_(grad, 1 - beta1)
+        second = state["exp_avg_sq"].index_select(0, rows).mul_(beta2).add_(square, alpha=1 - beta2)
+        state["exp_avg"].index_copy_(0, rows, first)
+        state["exp_avg_sq"].index_copy_(0, rows, second)
+        scale = second.sqrt_().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
+        values.addcdiv_(first, scale, value=-group["lr"] / (1 - beta1**step))
+    table.index_copy_(0, rows, values)
 
 
 def used_rows(grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tenfold.experiments.bench import memoryformer, memoryformer_quality
+from tenfold.experiments.bench import memoryformer, memoryformer_optimizer, memoryformer_quality
 from tenfold.experiments.bench.registry import BENCHES, Settings
+from tenfold.experiments.bench.timing import WrongResult
 from tenfold.experiments.cli import main
 from tenfold.experiments.memoryformer import quality
+from tenfold.lightning_modules.memoryformer import row_optimizer
 
 CONFIG = """
 trainer:
@@ -160,6 +162,35 @@ def test_counted_rows_are_the_closed_forms():
     # distinct bytes saturate at the tables' size
     assert rows["d=1024 tokens=2048", "block_bytes_16_bit"].value == 553_648_128
     assert rows["d=1024", "block_weight_bytes_16_bit"].ratio == pytest.approx(1 / 22)
+
+
+def test_optimiser_rows_count_what_lies_in_memory():
+    case = memoryformer_optimizer.TableCase("ngram", 4 * 64, 8, 16, None, 4)
+    rows = {}
+    for row in memoryformer_optimizer._case_rows(case, Settings("cpu", quick=True)):
+        assert row.peer == "adamw"
+        rows[row.case.rsplit("rule=")[-1], row.metric] = row
+    assert {rule for rule, _ in rows} == {"lazy_adam", "rowwise_adam", "rowwise_adagrad"}
+    values = 256 * 8
+    for (rule, metric), row in rows.items():
+        if metric == "table_step_ms":
+            assert row.ratio == row.peer_value / row.value
+            continue
+        # a gradient and two moments of float32, and the step
+        assert row.peer_value == 4 * (3 * values + 1)
+        # sparse: its rows and their numbers
+        used = row.value - 4 * (
+            {"lazy_adam": 2 * values, "rowwise_adam": values + 256, "rowwise_adagrad": 256}[rule] + 1
+        )
+        assert used % (8 * 4 + 8) == 0
+        assert 0 < used // (8 * 4 + 8) <= 64
+
+
+def test_a_rule_that_is_wrong_is_not_timed(monkeypatch):
+    case = memoryformer_optimizer.hashed(16, 4, 4, 8)
+    monkeypatch.setattr(row_optimizer, "used_rows", lambda grad: (torch.tensor([1]), torch.ones(1, 4)))
+    with pytest.raises(WrongResult, match="adamw differs from ours"):
+        next(memoryformer_optimizer._case_rows(case, Settings("cpu", quick=True)))
 
 
 def test_the_study_keeps_its_runs_and_compares_at_equal_bytes(tmp_path, monkeypatch, require_asset):

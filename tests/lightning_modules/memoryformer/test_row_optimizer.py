@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from tenfold.lightning_modules import MemoryFormerLightning
-from tenfold.lightning_modules.memoryformer import sizes
+from tenfold.lightning_modules.memoryformer import row_optimizer, sizes
 from tenfold.lightning_modules.memoryformer.row_optimizer import RowWiseOptimizer, clip_gradients, used_rows
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -65,7 +65,9 @@ def _by_hand(rule: str, table: list[list[float]], steps: list[dict[int, list[flo
 
 @pytest.mark.parametrize("form", ["sparse", "dense", "uncoalesced"])
 @pytest.mark.parametrize("rule", RULES)
-def test_rows_of_a_batch_are_stepped_as_by_hand(rule, form):
+def test_rows_of_a_batch_are_stepped_as_by_hand(rule, form, monkeypatch):
+    # two rows at a time
+    monkeypatch.setattr(row_optimizer, "_CHUNK_VALUES", 7)
     start = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     table = nn.Parameter(start.clone())
     optimizer = _optimizer(rule, table)
