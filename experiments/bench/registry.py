@@ -52,6 +52,7 @@ class Bench(NamedTuple):
 BENCHES: dict[str, Bench] = {
     "mole": Bench("mole", "decoding from MoLE's table against dense and MoE, de-duplicated training, table building"),
     "mole-quality": Bench("mole_quality", "loss and scores of MoLE, MoE, dense and table decoders on the same tokens"),
+    "mole-adapter": Bench("mole_adapter", "experts added to SmolLM2-135M against fine-tuning it, at equal compute"),
     "excp": Bench("excp", "checkpoints of real training runs: ratio and error, speed, blocked time, memory"),
     "excp-downstream": Bench("excp_downstream", "scores of a fine-tuned model before and after its saves were coded"),
     "excp-resume": Bench("excp_resume", "training resumed three times from coded saves: loss and first update"),

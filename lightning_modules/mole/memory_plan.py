@@ -1,9 +1,9 @@
-"""What training a MoLE preset takes: parameters, bytes of state, and what splitting the experts would send.
+"""What training a MoLE preset takes: parameters, bytes of state per process, and what the processes send each other.
 
-All experts are active and read nothing but token ids, so expert parallelism needs no routing: each of P processes holds
-N/P experts of every layer, computes its part of `sum_j g_j v_j` for all tokens of the group, and one all-reduce of
-(tokens, d) per layer and direction adds the parts. Tensor parallelism (the experts' hidden width divided by P) ends in
-the same all-reduce. Neither is implemented here: `fsdp` shards the same state with Lightning alone.
+All experts are active and read nothing but token ids, so dividing them needs no routing (`divided_experts.py`): each of
+P processes evaluates its part of the experts for the tokens of all, and a reduce-scatter of (P * tokens, d) per layer,
+in the backward pass an all-gather of as much, gives every process the sums of its own. FSDP alone shards the same
+state, but every process then gathers all experts' weights, twice, and adds up gradients of that size.
 """
 
 from dataclasses import dataclass
@@ -25,6 +25,9 @@ class TrainingPlan:
             repeated, 16 bits; divide by tokens per distinct id.
         table_row_bytes: of the exported table, 16 bits.
         table_bytes: all its rows.
+        num_layers: layers.
+        hidden_size: d.
+        tokens_per_micro_batch: of one process.
     """
 
     parameters: int
@@ -33,14 +36,23 @@ class TrainingPlan:
     expert_activation_bytes: int
     table_row_bytes: int
     table_bytes: int
+    num_layers: int
+    hidden_size: int
+    tokens_per_micro_batch: int = 0
 
-    def sharded_state_bytes(self, num_processes: int, *, experts_only: bool = False) -> int:
-        """State on each process: everything sharded (`fsdp`), or the experts alone (expert or tensor parallelism)."""
-        kept = self.parameters - self.expert_parameters if experts_only else 0
-        return STATE_BYTES * (kept + -(-(self.parameters - kept) // num_processes))
+    def sharded_state_bytes(self, num_processes: int, *, replicas: int = 1) -> int:
+        """State on each process: all of it sharded, what is no expert over `num_processes / replicas` only."""
+        dense = self.parameters - self.expert_parameters
+        return STATE_BYTES * (-(-self.expert_parameters // num_processes) - (-dense * replicas // num_processes))
 
-    def describe(self, num_processes: int = 1) -> str:
-        """One paragraph for a log."""
+    def describe(self, num_processes: int = 1, *, group_size: int | None = None) -> str:
+        """One paragraph for a log.
+
+        Args:
+            num_processes: over which the state is sharded.
+            group_size: processes that `divide_experts` divides the experts over; without it the text says what
+                sharding and dividing over all processes would take.
+        """
         text = (
             f"{self.parameters:,} parameters, {self.expert_parameters:,} of them in routed experts; "
             f"{self.state_bytes / 1e9:.2f} GB of weights, gradients and AdamW state; experts' activations up to "
@@ -48,11 +60,30 @@ class TrainingPlan:
             f"id; table {self.table_bytes / 1e9:.2f} GB, {self.table_row_bytes:,} bytes per token"
         )
         if num_processes > 1:
-            sharded = self.sharded_state_bytes(num_processes) / 1e9
-            divided = self.sharded_state_bytes(num_processes, experts_only=True) / 1e9
-            text += f"; on {num_processes} processes {sharded:.2f} GB each with fsdp, {divided:.2f} GB with the experts"
-            text += " divided"
+            group = group_size or num_processes
+            # with a group of one, everything is sharded over the other dimension
+            replicas = num_processes // group if group > 1 else 1
+            each = self.sharded_state_bytes(num_processes, replicas=replicas) / 1e9
+            sent, gathered = self.exchanged_bytes(group) / 1e9, self.gathered_bytes(num_processes) / 1e9
+            if group_size:
+                text += (
+                    f"; on {num_processes} processes {each:.2f} GB each; experts divided by {group}: each process "
+                    f"sends {sent:.3f} GB per micro-batch for them, where FSDP alone would send {gathered:.3f} GB"
+                )
+            else:
+                text += (
+                    f"; sharded over {num_processes} processes {each:.2f} GB each: with fsdp each sends {gathered:.3f} "
+                    f"GB per micro-batch for the experts, with ModelParallelStrategy, which divides them, {sent:.3f} GB"
+                )
         return text
+
+    def exchanged_bytes(self, num_processes: int) -> int:
+        """Bytes that each of P processes sends per micro-batch of 16-bit sums when experts are divided."""
+        return 2 * self.num_layers * exchange_bytes(self.hidden_size, self.tokens_per_micro_batch, num_processes)
+
+    def gathered_bytes(self, num_processes: int) -> int:
+        """Bytes that each process sends per micro-batch under FSDP: weights for both passes, and gradients, 16 bits."""
+        return 3 * 2 * self.expert_parameters * (num_processes - 1) // num_processes
 
 
 def training_plan(model: Any, *, tokens_per_micro_batch: int = 0) -> TrainingPlan:
@@ -75,9 +106,22 @@ def training_plan(model: Any, *, tokens_per_micro_batch: int = 0) -> TrainingPla
         expert_activation_bytes=tokens_per_micro_batch * num_experts * (2 * width + d) * 2,
         table_row_bytes=row,
         table_bytes=row * model.config.vocab_size,
+        num_layers=len(layers),
+        hidden_size=d,
+        tokens_per_micro_batch=tokens_per_micro_batch,
     )
 
 
-def all_reduce_bytes(hidden_size: int, num_tokens: int, num_processes: int, *, value_bytes: int = 2) -> int:
-    """Bytes that each process sends per layer and direction when the experts are divided (ring all-reduce)."""
-    return 2 * num_tokens * hidden_size * value_bytes * (num_processes - 1) // num_processes
+def exchange_bytes(hidden_size: int, num_tokens: int, num_processes: int, *, value_bytes: int = 2) -> int:
+    """Bytes that each process sends per layer and direction when the experts are divided.
+
+    Ring reduce-scatter of the sums for the tokens of all; in the backward pass an all-gather of as much. Gates and ids
+    are left out: N and 1 values per token where these are d.
+
+    Args:
+        hidden_size: d.
+        num_tokens: of one process.
+        num_processes: that divide the experts.
+        value_bytes: of the sums.
+    """
+    return num_tokens * hidden_size * value_bytes * (num_processes - 1)

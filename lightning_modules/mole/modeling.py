@@ -16,6 +16,7 @@ from ..decoder.feed_forward import DenseFeedForward, StackedExperts
 from ..decoder.modeling import DecoderForCausalLM
 from ..decoder.slots import FEED_FORWARDS
 from ..decoder.tokens import TokenContext
+from .divided_experts import POOLED, DividedExperts
 
 
 def router_gates(router: nn.Module, hidden_states: Tensor) -> Tensor:
@@ -86,6 +87,10 @@ class MoLEFeedForward(nn.Module):
         if self.expert_evaluation == "naive" or tokens.input_ids is None:
             values = self.lookup(tokens.embeddings.reshape(-1, tokens.embeddings.shape[-1]))  # (B*T, N, d)
             routed = torch.einsum("tn,tnd->td", gates.reshape(-1, gates.shape[-1]).to(values.dtype), values)
+        elif isinstance(self.lookup.experts, DividedExperts):
+            pooled = tokens.shared[POOLED]
+            values = self.lookup(pooled.embeddings)  # (U, N / P, d)
+            routed = self.lookup.experts.combine(values, gates.reshape(-1, gates.shape[-1]), pooled)
         else:
             values = self.lookup(tokens.distinct.embeddings)  # (U, N, d)
             routed = combine(values, gates, tokens)

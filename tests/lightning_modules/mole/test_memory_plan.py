@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from tenfold.lightning_modules import DecoderForCausalLM, MoLELightning, decoder_config
-from tenfold.lightning_modules.mole.memory_plan import all_reduce_bytes, training_plan
+from tenfold.lightning_modules.mole.memory_plan import exchange_bytes, training_plan
 from torch.utils.data import DataLoader
 
 
@@ -31,18 +31,29 @@ def test_the_papers_sizes(preset: str, parameters: int, dense: int, row: int) ->
     assert plan.table_row_bytes == row
     assert plan.table_bytes == 50304 * row
     assert plan.sharded_state_bytes(1) == plan.state_bytes
-    eighth = plan.sharded_state_bytes(8, experts_only=True)
-    assert eighth == pytest.approx(16 * (parameters - plan.expert_parameters * 7 / 8), rel=1e-6)
+    assert plan.sharded_state_bytes(8) == pytest.approx(16 * parameters / 8, rel=1e-6)
+    # two nodes of four: dense weights on each node
+    rest = parameters - plan.expert_parameters
+    assert plan.sharded_state_bytes(8, replicas=2) == pytest.approx(
+        16 * (plan.expert_parameters / 8 + rest / 4), rel=1e-6
+    )
     if preset == "mole-160m-16e":
         # hidden activations of width 3072 before and after GELU, and outputs of width 768
         assert plan.expert_activation_bytes == 16384 * 16 * (3072 + 3072 + 768) * 2
         assert "17.09 GB of weights" in plan.describe()
-        assert "on 8 processes 2.14 GB each with fsdp" in plan.describe(8)
+        assert "sharded over 8 processes 2.14 GB each" in plan.describe(8)
+        # 12 layers, sums and their gradients of seven other processes; 7/8 of the experts' weights three times
+        sent = 12 * 2 * 7 * 16384 * 768 * 2
+        fsdp = 3 * 2 * plan.expert_parameters * 7 // 8
+        assert f"each process sends {sent / 1e9:.3f} GB per micro-batch for them" in plan.describe(8, group_size=8)
+        assert f"where FSDP alone would send {fsdp / 1e9:.3f} GB" in plan.describe(8, group_size=8)
+        assert "on 8 processes 2.14 GB each; experts divided by 8" in plan.describe(8, group_size=8)
+        assert "on 8 processes 2.14 GB each; experts divided by 1:" in plan.describe(8, group_size=1)
 
 
-def test_a_ring_sends_each_part_twice() -> None:
-    # four processes: three of four parts out while reducing, three while gathering
-    assert all_reduce_bytes(768, 1000, 4) == 2 * 3 * (1000 * 768 * 2 // 4)
+def test_a_ring_sends_every_other_process_its_sums() -> None:
+    # four processes, 1000 tokens each: three quarters of the sums of 4000 tokens go out
+    assert exchange_bytes(768, 1000, 4) == 4000 * 768 * 2 * 3 // 4
 
 
 def test_it_is_said_before_the_first_step(caplog: pytest.LogCaptureFixture) -> None:
