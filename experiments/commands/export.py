@@ -28,10 +28,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, type=Path, help="new folder to write")
     parser.add_argument(
         "--form",
-        choices=("plain", "lookup", "memory"),
+        choices=("plain", "lookup", "memory", "fused"),
         default="plain",
         help="plain: config.json, safetensors and tokenizer; lookup: MoLE's experts as a table on disk; memory: "
-        "MemoryFormer's tables as 8-bit rows, or as they are with --dtype float16",
+        "MemoryFormer's tables as 8-bit rows, or as they are with --dtype float16; fused: SLAB's norms folded into the "
+        "linear layers",
     )
     parser.add_argument("--tokenizer", help="tokenizer folder, hub id or asset:NAME; the model's own by default")
     parser.add_argument(
@@ -56,6 +57,12 @@ def parser() -> argparse.ArgumentParser:
         "asset:wikipedia-summaries where that is there (lookup)",
     )
     parser.add_argument(
+        "--untie-head",
+        action="store_true",
+        help="give an output layer that shares the embedding's weight its own, so that it takes over the last norm; "
+        "otherwise that norm stays as one multiplication and addition per channel (fused)",
+    )
+    parser.add_argument(
         "--memory-limit",
         type=parse_bytes,
         default=2**30,
@@ -77,6 +84,10 @@ def main(argv: list[str]) -> int:
     for option, given in lookup_only.items():
         if given and args.form != "lookup":
             raise ValueError(f"{option} is for --form lookup; add that, or leave it out")
+    if args.untie_head and args.form != "fused":
+        raise ValueError("--untie-head is for --form fused; add that, or leave it out")
+    if args.form == "fused" and args.dtype:
+        raise ValueError(f"--dtype {args.dtype} is not for --form fused, which keeps the model's type; leave it out")
     if args.quantisation != "none" and args.dtype:
         raise ValueError(
             f"--dtype {args.dtype} and --quantisation {args.quantisation} both name the table's type; drop one"
@@ -92,7 +103,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--output {args.output} exists; name a new folder or remove it")
     source = load_source(args.model, dtype="stored")
     # a model of symbols that are no text has none
-    textless = args.form == "plain" and source.tokenizer is None and args.tokenizer is None
+    textless = args.form in ("plain", "fused") and source.tokenizer is None and args.tokenizer is None
     tokenizer = None if textless else source_tokenizer(source, args.tokenizer)
     if args.form == "lookup":
         _export_lookup(source.model, tokenizer, args)
@@ -107,6 +118,14 @@ def main(argv: list[str]) -> int:
             f"tables: {found['table_bytes']:,.0f} bytes, {found['training_table_bytes']:,.0f} in the training form; "
             f"error of the stored values: {found['relative_rms_error']:.2e} of their size (RMS)"
         )
+    elif args.form == "fused":
+        from ...lightning_modules.slab.convert import export_fused
+
+        with new_folder(args.output) as folder:
+            report = export_fused(source.model, folder, tokenizer=tokenizer, untie_head=args.untie_head)
+        kept = f"; as an affine: {', '.join(report['affine'])}" if report["affine"] else ""
+        print(f"{report['norms'] - len(report['affine'])} of {report['norms']} norms folded into linear layers{kept}")
+        print(f"logits on random tokens differ by {report['max_abs_logit_diff']:.2e} at most")
     else:
         with new_folder(args.output) as folder:
             model = source.model if args.dtype is None else source.model.to(getattr(torch, args.dtype))
