@@ -24,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "PRepBNLlamaForCausalLM",
             "ProgressiveNorm",
             "RepBatchNorm",
+            "SimplifiedLinearAttention",
             "follow_attention_mask",
             "fuse_norms",
             "fused_model",

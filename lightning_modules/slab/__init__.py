@@ -1,8 +1,10 @@
 """SLAB: batch norms that replace layer norms in training and vanish at inference, and simplified linear attention."""
 
+from . import causal_attention as _causal_attention  # noqa: F401 (registers `relu_linear`)
 from . import modeling as _modeling  # noqa: F401 (fills the decoder's norm slots)
 from . import plans as _plans  # noqa: F401 (who reads which norm)
 from . import presets as _presets  # noqa: F401 (registers the sizes)
+from .attention import SimplifiedLinearAttention
 from .convert import FusedDecoderForCausalLM, FusedLlamaForCausalLM, fused_model
 from .fusion import ChannelAffine, NormSite, fuse_norms, register_plan, statistics_norms
 from .llama import PRepBNLlamaConfig, PRepBNLlamaForCausalLM
@@ -19,6 +21,7 @@ __all__ = [
     "PRepBNLlamaForCausalLM",
     "ProgressiveNorm",
     "RepBatchNorm",
+    "SimplifiedLinearAttention",
     "follow_attention_mask",
     "fuse_norms",
     "fused_model",
