@@ -93,7 +93,7 @@ class BatchNormRecalibration(Callback):
                     norm.momentum = None if self.average == "cumulative" else norm.momentum
                 for epoch in range(self.passes):
                     if isinstance(getattr(loader, "sampler", None), DistributedSampler):
-                        loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+                        loader.sampler.set_epoch(epoch)
                     self._pass(trainer, pl_module, loader)
             finally:
                 for norm, momentum in zip(norms, momenta, strict=True):

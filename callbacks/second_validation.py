@@ -78,4 +78,14 @@ def validate_once_more(trainer: pl.Trainer, pl_module: pl.LightningModule, *, su
                 pl_module.validation_step(batch, number, *([index] if several else []))
         pl_module.on_validation_epoch_end()
     values = logged.compute(trainer)
-    return {"/".join([(parts := name.split("/", 1))[0] + suffix, *parts[1:]]): value for name, value in values.items()}
+    return {renamed(name, suffix): value for name, value in values.items()}
+
+
+def renamed(name: str, suffix: str) -> str:
+    """A metric's name with a suffix after its first part.
+
+    >>> renamed("val/loss", "_blend"), renamed("loss", "_blend")
+    ('val_blend/loss', 'loss_blend')
+    """
+    split, slash, rest = name.partition("/")
+    return split + suffix + slash + rest

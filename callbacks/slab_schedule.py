@@ -132,7 +132,7 @@ class PRepBNSchedule(Callback):
             return
         step = trainer.global_step
         value, warming = self.blend_at(step), step < self.warmup_steps
-        record = (step + 1) % trainer.log_every_n_steps == 0
+        record = (step + 1) % log_interval(trainer) == 0
         for norm in self._norms:
             norm.set_blend(value if norm.old_norm is not None else 0.0, warming=warming)
             norm.record_gap = record
@@ -145,7 +145,7 @@ class PRepBNSchedule(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % log_interval(trainer) == 0:
             pl_module.log_dict(branch_statistics(self._norms), on_step=True, on_epoch=False)
 
     @override
@@ -171,6 +171,11 @@ class PRepBNSchedule(Callback):
 def progressive_norms(module: nn.Module) -> list[Any]:
     """Every module that lambda can be set on."""
     return [part for part in module.modules() if hasattr(part, "set_blend") and hasattr(part, "drop_old_norm")]
+
+
+def log_interval(trainer: Any) -> int:
+    """Optimiser steps between logged values; 1 where logging is off."""
+    return int(trainer.log_every_n_steps) or 1
 
 
 @contextmanager

@@ -33,5 +33,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "replace_norms",
             "set_token_mask",
         ],
+        "slab.module": ["SLABLightning"],
     },
 )

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import initialization
 
 from ...kernels.hash_gather import weighted_gather_sparse_grad
@@ -17,6 +18,7 @@ from ...kernels.weighted_gather import weighted_gather
 from ..decoder.configuration import DecoderConfig
 from ..decoder.feed_forward import DenseFeedForward
 from ..decoder.tokens import TokenContext
+from .sharding import gather_columns
 
 # odd constants of 64-bit multiplicative hashing (golden ratio, splitmix64), as signed numbers
 _STEP, _MIX = -7046029254386353131, -7723592293110705685
@@ -126,7 +128,12 @@ class KeyedMemory(nn.Module):
         else:
             logits = self.router(hidden_states)
             weights = logits.sigmoid() if self.gate == "sigmoid" else logits.softmax(-1)
-        wants_grad = torch.is_grad_enabled() and self.table.requires_grad and not torch.compiler.is_compiling()
-        gather = weighted_gather_sparse_grad if self.sparse_grad and wants_grad else weighted_gather
-        out = gather(self.table, rows, weights.to(self.table.dtype)).to(hidden_states.dtype)
+        weights = weights.to(self.table.dtype)
+        if isinstance(self.table, DTensor):
+            out = gather_columns(self.table, weights, lambda table, weights: weighted_gather(table, rows, weights))
+        elif self.sparse_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            out = weighted_gather_sparse_grad(self.table, rows, weights)
+        else:
+            out = weighted_gather(self.table, rows, weights)
+        out = out.to(hidden_states.dtype)
         return out if self.dense is None else out + self.dense(hidden_states, tokens)

@@ -4,6 +4,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import initialization
 
 from ...kernels.hash_gather import (
@@ -15,6 +16,7 @@ from ...kernels.hash_gather import (
     quantise_rows,
     sign_hash,
 )
+from .sharding import gather_columns
 
 Remainder = Literal["pad", "refuse"]
 TableFormat = Literal["parameter", "float16", "int8"]
@@ -110,7 +112,9 @@ class MemoryLayer(nn.Module):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"the input has {x.shape[-1]} values per token, this layer takes {self.in_features}")
         how: dict[str, Any] = {"weighting": self.weighting, "temperature": self.temperature}
-        if self.table is not None:
+        if isinstance(self.table, DTensor):
+            out = gather_columns(self.table, x, lambda table, x: hash_gather(x, table, self.num_bits, **how))
+        elif self.table is not None:
             out = hash_gather(x, self.table, self.num_bits, sparse_grad=self.sparse_grad, **how)
         elif self.table_format == "int8":
             out = hash_gather_int8(x, self.records, self.num_bits, **how)

@@ -3,13 +3,15 @@
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
+from torch.distributed.tensor import DTensor
 
 from ..decoder import DecoderForCausalLM
 from ..language_model import CausalLMModule, num_parameters
 from .keyed import KeyedMemory
 from .layer import MemoryLayer
 from .row_optimizer import STATE_VALUES, RowRule, RowWiseOptimizer, clip_gradients
+from .sharding import parallelise
 from .sizes import TRAINING_BYTES, check_memory
 
 TableOptimizer = Literal["adamw", "lazy_adam", "rowwise_adam", "rowwise_adagrad"]
@@ -18,6 +20,9 @@ SHARDED = ("FSDP", "ModelParallel", "DeepSpeed")
 
 class MemoryFormerLightning(CausalLMModule):
     """`CausalLMModule` for models with memory layers or keyed tables.
+
+    Under `ModelParallelStrategy` the tables' columns are sharded over `tensor_parallel`, and everything over
+    `data_parallel` by FSDP2.
 
     Args:
         model: a MemoryFormer preset or the fields of a `DecoderConfig`, see `CausalLMModule`.
@@ -71,12 +76,14 @@ class MemoryFormerLightning(CausalLMModule):
             )
         if self.model is None and hparams.check_memory and not hparams.pretrained:
             self._check_memory(self._trainer.world_size if sharded and self._trainer is not None else 1)
+        built = self.model is None
         super().configure_model()
+        if built and isinstance(strategy, ModelParallelStrategy):
+            parallelise(self.model, modules_with_tables(self.model), strategy.device_mesh)
         # other strategies reduce gradients over processes in buckets that are dense
         single = strategy is None or isinstance(strategy, SingleDeviceStrategy)
-        for module in self.modules():
-            if isinstance(module, MemoryLayer | KeyedMemory):
-                module.sparse_grad = hparams.table_optimizer != "adamw" and single
+        for module in modules_with_tables(self):
+            module.sparse_grad = hparams.table_optimizer != "adamw" and single
 
     def _check_memory(self, shares: int) -> None:
         with torch.device("meta"):
@@ -137,15 +144,20 @@ class MemoryFormerLightning(CausalLMModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as Lightning does, whose own way stops at sparse gradients."""
+        """Clip as Lightning does, whose own way stops at sparse gradients and at parameters of several meshes."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not any(p.grad.is_sparse for p in parameters):
+        if not any(p.grad.is_sparse or isinstance(p.grad, DTensor) for p in parameters):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
             clip_gradients(parameters, gradient_clip_val, "value" if gradient_clip_algorithm == "value" else "norm")
 
 
+def modules_with_tables(module: torch.nn.Module) -> list[MemoryLayer | KeyedMemory]:
+    """Modules whose tables are trained."""
+    parts = (part for part in module.modules() if isinstance(part, MemoryLayer | KeyedMemory))
+    return [part for part in parts if part.table is not None]
+
+
 def tables_of(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Tables that are trained, shared ones once."""
-    parts = (part for part in module.modules() if isinstance(part, MemoryLayer | KeyedMemory))
-    return list({part.table: None for part in parts if part.table is not None})
+    return list({part.table: None for part in modules_with_tables(module)})  # type: ignore[misc]

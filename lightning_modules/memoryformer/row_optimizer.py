@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ...kernels.hash_gather import coalesced
 
@@ -54,14 +55,14 @@ class RowWiseOptimizer(torch.optim.Optimizer):
             shapes = [tuple(p.shape) for p in group["params"] if group["row_rule"] and p.dim() != 2]
             if shapes:
                 raise ValueError(f"row_rule {group['row_rule']!r} is for tables (rows, columns), got {shapes[0]}")
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        defaults: dict[str, Any] = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         dense = [group for group in groups if not group["row_rule"]]
         # it steps groups and state of ours; on its own it holds nothing
         self._adamw = torch.optim.AdamW(dense, **defaults, fused=fused) if dense else None
         super().__init__(groups, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; returns the closure's loss."""
         loss = None
         if closure is not None:
@@ -128,25 +129,29 @@ def used_rows(grad: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], limit: float, algorithm: Literal["norm", "value"]) -> Tensor | None:
-    """`torch.nn.utils.clip_grad_norm_` and `clip_grad_value_` for gradients some of which are sparse.
+    """`clip_grad_norm_` and `clip_grad_value_` of `torch.nn.utils`, for sparse gradients and several meshes too.
 
     Sparse ones are coalesced: parts of a row from several micro-batches count as their sum.
 
     Returns:
         The norm before, None for `value`.
     """
-    parts = []
+    parts: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
-        if parameter.grad is not None and parameter.grad.is_sparse:
+        if parameter.grad is None:
+            continue
+        if parameter.grad.is_sparse:
             parameter.grad = coalesced(parameter.grad)
-            parts.append(parameter.grad.values())
-        elif parameter.grad is not None:
-            parts.append(parameter.grad)
+        part = parameter.grad.values() if parameter.grad.is_sparse else parameter.grad
+        parts.setdefault(part.device_mesh if isinstance(part, DTensor) else None, []).append(part)
     if algorithm == "value":
-        for part in parts:
+        for part in (part for some in parts.values() for part in some):
             part.clamp_(-limit, limit)
         return None
-    norm = torch.nn.utils.get_total_norm(parts)
-    for part in parts:
-        part.mul_((limit / (norm + 1e-6)).clamp(max=1.0).to(part.device))
-    return norm
+    # torch sums up tensors of one mesh only
+    norms = [torch.nn.utils.get_total_norm(some) for some in parts.values()]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = torch.nn.utils.get_total_norm(norms)
+    for part in (part for some in parts.values() for part in some):
+        part.mul_(float((limit / (total + 1e-6)).clamp(max=1.0)))
+    return total

@@ -78,11 +78,13 @@ class SimplifiedLinearAttention(nn.Module):
         Raises:
             ValueError: a number of tokens that is no grid, or not the table's where it is fixed.
         """
-        rows, columns = grid = self._grid_of(x.shape[1], grid)
+        grid = self._grid_of(x.shape[1], grid)
         query, key, value = self.qkv(x).chunk(3, dim=-1)
         key = key + self._positions_for(grid).to(key.dtype)
-        heads = (part.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for part in (query, key, value))
-        mixed = self.attend(*heads, (rows, columns))
+        query, key, value = (
+            part.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for part in (query, key, value)
+        )
+        mixed = self.attend(query, key, value, grid)
         return self.dropout(self.projection(mixed.transpose(1, 2).flatten(2)))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor:

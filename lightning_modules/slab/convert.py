@@ -153,7 +153,7 @@ def fused_model(
         fused.config.tie_word_embeddings = False
     plan = fuse_norms(fused, keep=keep, sites=sites)
     names = [name for name, _ in fused.named_modules()]
-    layout = {
+    layout: dict[str, Any] = {
         "affine_norms": condense([site.norm for site in plan if site.outcome == "affine"], names),
         "biased_layers": condense([name for site in plan for name in site.consumers], names),
     }
@@ -161,6 +161,7 @@ def fused_model(
     for name in ("model_type", "architectures", "transformers_version", "norm_options", "progressive_norms"):
         fields.pop(name, None)
     kind: Any
+    config: Any
     if isinstance(model, DecoderForCausalLM):
         kind, config = FusedDecoderForCausalLM, FusedDecoderConfig(**(fields | {"norm": "identity"} | layout))
     else:
@@ -214,6 +215,6 @@ def logit_difference(one: Any, other: Any, *, num_tokens: int = 64) -> float:
 
 
 for _config, _kind in ((FusedDecoderConfig, FusedDecoderForCausalLM), (FusedLlamaConfig, FusedLlamaForCausalLM)):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)  # type: ignore[attr-defined]
-    AutoModelForCausalLM.register(_config, _kind, exist_ok=True)  # type: ignore[arg-type]
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModelForCausalLM.register(_config, _kind, exist_ok=True)
 AutoModel.register(FusedDecoderConfig, FusedDecoderModel, exist_ok=True)

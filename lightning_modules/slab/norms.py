@@ -136,11 +136,11 @@ class RepBatchNorm(nn.Module):
             bn.num_batches_tracked.add_(1)
             if factor is None:
                 factor = 1.0 / float(bn.num_batches_tracked)
-        statistics = [bn.running_mean, bn.running_var]
-        if not update:
+        mean, variance = bn.running_mean, bn.running_var
+        if not update and mean is not None:
             # what is saved for the backward pass must look the same in both passes
-            statistics = [None if value is None else value.clone() for value in statistics]
-        return F.batch_norm(tokens, *statistics, bn.weight, bn.bias, True, factor or 0.0, bn.eps)
+            mean, variance = mean.clone(), variance.clone()
+        return F.batch_norm(tokens, mean, variance, bn.weight, bn.bias, True, factor or 0.0, bn.eps)
 
     @staticmethod
     @torch.no_grad()
@@ -214,6 +214,8 @@ class ProgressiveNorm(nn.Module):
         self.config: Any = None
         # lambda and warming as Python values: reading the buffers would wait for the device in every pass
         self._host: tuple[float, bool] | None = None
+        # what a pass has to know of them; compiled code would be made anew for every value of lambda
+        self._stage: Literal["warming", "blend", "new"] | None = None
 
     @torch.no_grad()
     def initialise(self, initializer_range: float = 0.0) -> None:
@@ -235,11 +237,13 @@ class ProgressiveNorm(nn.Module):
             self.blend.fill_(value)
             self.warming.fill_(warming)
         self._host = (value, warming)
+        self._stage = "warming" if warming else "new" if value == 0.0 else "blend"
 
     def blend_state(self) -> tuple[float, bool]:
         """Lambda, and whether the new norm still waits."""
         if self._host is None:
-            self._host = (float(self.blend), bool(self.warming))
+            self.set_blend(float(self.blend), warming=bool(self.warming))
+        assert self._host is not None
         return self._host
 
     def drop_old_norm(self) -> list[nn.Parameter]:
@@ -259,11 +263,12 @@ class ProgressiveNorm(nn.Module):
         old_norm = self.old_norm
         if old_norm is None or not (self.training or self.evaluate_blend):
             return self.new_norm(x)
-        value, warming = self.blend_state()
-        if warming:
+        if self._stage is None:
+            self.blend_state()
+        if self._stage == "warming":
             y = old_norm(x)
             return _ZeroGradients.apply(y, *self._trained(self.new_norm)) if torch.is_grad_enabled() else y
-        if value == 0.0:
+        if self._stage == "new":
             y = self.new_norm(x)
             return _ZeroGradients.apply(y, *self._trained(old_norm)) if torch.is_grad_enabled() else y
         old, new = old_norm(x), self.new_norm(x)
@@ -287,7 +292,7 @@ class ProgressiveNorm(nn.Module):
                 self.set_blend(0.0)
                 self.drop_old_norm()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._host = None
+        self._host = self._stage = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = self.blend

@@ -217,6 +217,19 @@ def test_activation_checkpointing_counts_a_batch_once(reentrant):
     assert torch.equal(plain.new_norm.bn.running_var, recomputed.new_norm.bn.running_var)
 
 
+def test_compiled_code_serves_every_lambda():
+    from torch._dynamo.testing import CompileCounter
+
+    norm, x = blend(), torch.randn(3, 5, 4, dtype=torch.float64)
+    plain, counter = copy.deepcopy(norm), CompileCounter()
+    compiled = torch.compile(norm, backend=counter)
+    for value in (1.0, 0.9, 0.5, 0.2):
+        norm.set_blend(value)
+        plain.set_blend(value)
+        torch.testing.assert_close(compiled(x), plain(x), rtol=1e-13, atol=1e-13)
+    assert counter.frame_count == 1
+
+
 def test_refusals():
     norm = RepBatchNorm(4)
     with pytest.raises(ValueError, match=r"got 1 token .* its variance needs at least 2; use a larger batch, or eval"):
