@@ -39,8 +39,8 @@ class PRepBNSchedule(Callback):
     parameters they stay where they are, unused, and fusing leaves them out.
 
     Logged at the trainer's log steps: `prepbn/lambda`; over layers `prepbn/branch_gap` and `prepbn/branch_gap_max`
-    (distance of the two norms' outputs relative to the old one's), `prepbn/eta`, `prepbn/scale_rms`, and
-    `prepbn/running_std_min` and `prepbn/running_std_max`.
+    (distance of the two norms' outputs relative to the old one's; nan outside the blend), `prepbn/eta`,
+    `prepbn/scale_rms`, `prepbn/running_std_min` and `prepbn/running_std_max`.
 
     Args:
         warmup_steps: optimiser steps with the old norm alone.
@@ -213,10 +213,10 @@ def branch_statistics(norms: list[Any]) -> dict[str, float]:
     """What the schedule logs."""
     new: list[Any] = [norm.new_norm for norm in norms]
     values = {"prepbn/lambda": max(norm.blend_state()[0] for norm in norms)}
-    gaps = [norm.branch_gap for norm in norms if norm.branch_gap is not None and norm.old_norm is not None]
-    if gaps:
-        values["prepbn/branch_gap"] = _over(gaps, torch.mean)
-        values["prepbn/branch_gap_max"] = _over(gaps, torch.max)
+    gaps = [norm.branch_gap for norm in norms if norm.branch_gap is not None and norm.blend_state()[0] > 0]
+    # a value that is left out would be repeated by the loggers
+    values["prepbn/branch_gap"] = _over(gaps, torch.mean) if gaps else math.nan
+    values["prepbn/branch_gap_max"] = _over(gaps, torch.max) if gaps else math.nan
     values["prepbn/eta"] = _over([norm.eta.detach().mean() for norm in new], torch.mean)
     values["prepbn/scale_rms"] = _over([norm.bn.weight.detach().square().mean().sqrt() for norm in new], torch.mean)
     values["prepbn/running_std_min"] = _over([norm.bn.running_var.min().sqrt() for norm in new], torch.min)

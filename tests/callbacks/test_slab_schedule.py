@@ -171,6 +171,10 @@ def test_logged_values(tmp_path):
     deviations = torch.cat([n.bn.running_var.sqrt() for n in new])
     assert float(found["prepbn/running_std_min"]) == pytest.approx(float(deviations.min()))
     assert float(found["prepbn/running_std_max"]) == pytest.approx(float(deviations.max()))
+    _, trainer = fit(tmp_path, PRepBNSchedule(decay_steps=2), max_steps=4)
+    found = trainer.logged_metrics
+    assert float(found["prepbn/lambda"]) == 0
+    assert math.isnan(float(found["prepbn/branch_gap"]))
 
 
 def losses(module):
