@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cache_arguments import add_cache_arguments, cache_request
+from ..table_storage import STORAGES
 from .long_context_arguments import add_long_context_arguments, long_context_options
 
 _WIKIPEDIA_TASKS = ("wikipedia_bits_per_byte", "wikipedia_title_cloze")
@@ -59,7 +60,10 @@ def _parser() -> argparse.ArgumentParser:
         help="dtype of the weights; auto (default): as stored, but float32 on a CPU",
     )
     how.add_argument(
-        "--storage", choices=("memory", "pinned", "mmap", "direct"), help="where MoLE's table is read from (mmap)"
+        "--storage",
+        choices=STORAGES,
+        help="where MoLE's table is read from (mmap), or MemoryFormer's stored tables lie: memory or mmap keep "
+        "them off the device",
     )
     how.add_argument("--seed", type=int, help="seed of all random draws; default: lm-eval's own seeds")
     how.add_argument(
@@ -216,11 +220,13 @@ def _table_storage(arguments: argparse.Namespace, model: str | Path) -> Abstract
     """What `--storage` asks for, while the model is loaded."""
     if arguments.storage is None:
         return nullcontext()
-    from ...lightning_modules.mole.lookup import table_storage
-    from ...lightning_modules.mole.table import TABLE_FILE
+    from ..table_storage import has_stored_tables, table_storage
 
-    if not Path(model, TABLE_FILE).is_file():
-        raise ValueError(f"--storage {arguments.storage}: {arguments.model} is not the folder of a lookup form")
+    if not has_stored_tables(model):
+        raise ValueError(
+            f"--storage {arguments.storage}: {arguments.model} is not the folder of a lookup form or of stored tables; "
+            f"export one, or leave it out"
+        )
     return table_storage(arguments.storage)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..cache_arguments import CacheRequest, add_cache_arguments, cache_request
+from ..table_storage import STORAGES, table_storage
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,9 +29,9 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--storage",
-        choices=("memory", "pinned", "mmap", "direct"),
+        choices=STORAGES,
         help="where MoLE's table is read from: memory, page-locked memory, a memory map (the default), or the device "
-        "past the file cache",
+        "past the file cache; MemoryFormer's stored tables: memory or mmap keep them off the device",
     )
     add_cache_arguments(parser)
     return parser
@@ -51,12 +52,14 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens} is below 1")
     request = cache_request(args)
     device = pick_device(args.device)
-    source = load_source(args.model, dtype=args.dtype, device=device)
+    with table_storage(args.storage):
+        source = load_source(args.model, dtype=args.dtype, device=device)
     model, tokenizer = source.model, source_tokenizer(source, args.tokenizer)
     if args.storage:
         if not hasattr(model, "use_storage"):
             raise ValueError(
-                f"--storage {args.storage}: {args.model} is not a lookup form; export one, or leave it out"
+                f"--storage {args.storage}: {args.model} is not a lookup form and has no stored tables; export one, or "
+                f"leave it out"
             )
         model.use_storage(args.storage)
     table = getattr(getattr(model, "model", None), "table", None)

@@ -43,6 +43,8 @@ class MemoryLayer(nn.Module):
             tables as bytes for inference.
         init_std: standard deviation of the tables' initial values.
         initialise: fill the parameters now; models that do so themselves pass False.
+        table_on_host: leave a stored table out of the module: it is given by `hold_on_host` and stays in host memory
+            wherever the module goes; the CPU hashes and gathers.
         sparse_grad: give the table a sparse gradient of the rows that were used, as `nn.Embedding(sparse=True)` does.
 
     Raises:
@@ -64,6 +66,7 @@ class MemoryLayer(nn.Module):
         table_format: TableFormat = "parameter",
         init_std: float = 0.02,
         initialise: bool = True,
+        table_on_host: bool = False,
         sparse_grad: bool = False,
     ) -> None:
         super().__init__()
@@ -74,12 +77,13 @@ class MemoryLayer(nn.Module):
         self.sparse_grad = sparse_grad
         num_rows = self.num_tables << num_bits
         self.table: nn.Parameter | None = None
+        # bytes: a cast of the model leaves them alone
+        self.records_shape = num_rows, out_features + 8 if table_format == "int8" else 2 * out_features
+        self.table_on_host, self._host_records = table_on_host, torch.empty(0, dtype=torch.uint8)
         if table_format == "parameter":
             self.table = nn.Parameter(torch.empty(num_rows, out_features))
-        else:
-            # bytes: a cast of the model leaves them alone
-            row_bytes = out_features + 8 if table_format == "int8" else 2 * out_features
-            self.register_buffer("records", torch.zeros(num_rows, row_bytes, dtype=torch.uint8))
+        elif not table_on_host:
+            self.register_buffer("records", torch.zeros(*self.records_shape, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         if initialise:
             self.initialise(init_std)
@@ -116,13 +120,49 @@ class MemoryLayer(nn.Module):
             out = gather_columns(self.table, x, lambda table, x: hash_gather(x, table, self.num_bits, **how))
         elif self.table is not None:
             out = hash_gather(x, self.table, self.num_bits, sparse_grad=self.sparse_grad, **how)
-        elif self.table_format == "int8":
-            out = hash_gather_int8(x, self.records, self.num_bits, **how)
+        elif self.table_on_host:
+            # inputs and outputs cross over, not the rows, which are many more bytes
+            out = self._gather_stored(x.cpu(), self.host_records, how).to(x.device)
         else:
-            out = hash_gather(x, self.records.view(torch.float16), self.num_bits, **how)
+            out = self._gather_stored(x, self.records, how)
         # a sum in float32 meets an input under autocast, or tables of another type than the activations
         out = out.to(x.dtype)
         return out if self.bias is None else out + self.bias.to(x.dtype)
+
+    def _gather_stored(self, x: Tensor, records: Tensor, how: dict[str, Any]) -> Tensor:
+        if self.table_format == "int8":
+            return hash_gather_int8(x, records, self.num_bits, **how)
+        return hash_gather(x, records.view(torch.float16), self.num_bits, **how)
+
+    @property
+    def host_records(self) -> Tensor:
+        """The stored table in host memory.
+
+        Raises:
+            ValueError: none was given.
+        """
+        if not self._host_records.numel():
+            raise ValueError("this layer's table is to lie on the host and none was given; use from_pretrained")
+        return self._host_records
+
+    def hold_on_host(self, records: Tensor) -> None:
+        """Use this stored table (rows, bytes), in memory or mapped.
+
+        Raises:
+            ValueError: the layer keeps its table itself, or the table has another shape.
+        """
+        if not self.table_on_host or records.shape != self.records_shape or records.dtype != torch.uint8:
+            raise ValueError(
+                f"this layer takes a table of {list(self.records_shape)} bytes, on the host: {self.table_on_host}; got "
+                f"{list(records.shape)} {records.dtype}"
+            )
+        self._host_records = records
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # a loader asks before it is given
+        if self._host_records.numel():
+            destination[f"{prefix}records"] = self.host_records
 
     @torch.no_grad()
     def encode(self, table_format: TableFormat) -> Tensor:

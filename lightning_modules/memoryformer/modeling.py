@@ -61,6 +61,7 @@ class MemoryAttentionProjection(nn.Module):
             temperature=temperature,
             remainder=remainder,
             table_format=getattr(config, "table_format", "parameter"),
+            table_on_host=getattr(config, "table_storage", "device") != "device",
             init_std=math.sqrt(2 / (5 * in_features)),
             initialise=False,
         )
@@ -111,6 +112,7 @@ class MemoryFeedForward(nn.Module):
             "weighting": weighting,
             "temperature": temperature,
             "table_format": getattr(config, "table_format", "parameter"),
+            "table_on_host": getattr(config, "table_storage", "device") != "device",
             "init_std": 0.02,
             "initialise": False,
         }
@@ -149,6 +151,9 @@ def check_tables(config: Any) -> None:
         return
     itemsize = torch.get_default_dtype().itemsize
     stored = {"int8": 1, "float16": 2}.get(getattr(config, "table_format", ""), itemsize)
+    if getattr(config, "table_storage", "device") != "device":
+        # they come later, or stay in the file
+        stored = 0
     embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
     what = f"a model of {config.num_hidden_layers} layers of width {config.hidden_size} with hash tables"
     check_memory(model_table_values(config) * stored + embeddings * itemsize, what, device)

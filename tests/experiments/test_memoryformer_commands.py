@@ -86,6 +86,21 @@ def test_every_form_generates_and_the_stored_ones_are_smaller(run, capsys):
     assert sizes[0] > sizes[1] > sizes[2]
 
 
+def test_tables_stay_on_the_host_where_asked(run, tmp_path, capsys):
+    command = ["generate", "--model", str(run / "int8"), "--prompt", "def ", "--max-new-tokens", "8"]
+    said = []
+    for storage in ([], ["--storage", "memory"], ["--storage", "mmap"]):
+        capsys.readouterr()
+        assert main([*command, *storage]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2]
+    assert main([*command, "--storage", "direct"]) == 2
+    assert "storage 'direct' is for MoLE's tables" in capsys.readouterr().err
+    scoring = ["evaluate", "--model", str(run / "plain"), "--tasks", "wikipedia_bits_per_byte", "--storage", "mmap"]
+    assert main([*scoring, "--data-dir", str(tmp_path), "--output", str(tmp_path / "x")]) == 2
+    assert "is not the folder of a lookup form or of stored tables" in capsys.readouterr().err
+
+
 def test_the_stored_forms_are_scored_by_evaluate(run, tmp_path):
     pytest.importorskip("lm_eval")
     from tenfold.inference import build_wikipedia_tasks
@@ -98,7 +113,8 @@ def test_the_stored_forms_are_scored_by_evaluate(run, tmp_path):
     for name in ("plain", "half", "int8"):
         output = tmp_path / name
         task = ["--tasks", "wikipedia_bits_per_byte", "--data-dir", str(tmp_path / "data"), "--limit", "2"]
-        assert main(["evaluate", "--model", str(run / name), *task, "--output", str(output)]) == 0
+        place = ["--storage", "mmap"] if name == "int8" else []
+        assert main(["evaluate", "--model", str(run / name), *task, *place, "--output", str(output)]) == 0
         results = json.loads(next(output.rglob("results*.json")).read_text(encoding="utf-8"))
         scores[name] = results["results"]["wikipedia_bits_per_byte"]["bits_per_byte,none"]
         with torch.no_grad():
