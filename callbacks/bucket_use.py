@@ -46,6 +46,17 @@ class TableUse:
         return sum(self.reachable) - int((self.counts > 0).sum())
 
 
+def shares(uses: dict[str, TableUse]) -> dict[str, float]:
+    """Entropy over bits, mean and lowest of all tables, and the share of rows that nothing reached."""
+    entropies = torch.cat([use.entropy_share for use in uses.values()])
+    rows = sum(sum(use.reachable) for use in uses.values())
+    return {
+        "buckets/entropy_share": float(entropies.mean()),
+        "buckets/entropy_share_min": float(entropies.min()),
+        "buckets/dead_rows_share": sum(use.dead_rows for use in uses.values()) / rows,
+    }
+
+
 class BucketUse(Callback):
     """Counts into which buckets validation tokens fall, in every module with `buckets(x)` and `reachable_buckets`.
 
@@ -99,13 +110,7 @@ class BucketUse(Callback):
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop()
-        shares = torch.cat([use.entropy_share for use in self.uses.values()])
-        rows = sum(sum(use.reachable) for use in self.uses.values())
-        values = {
-            "buckets/entropy_share": float(shares.mean()),
-            "buckets/entropy_share_min": float(shares.min()),
-            "buckets/dead_rows_share": sum(use.dead_rows for use in self.uses.values()) / rows,
-        }
+        values = shares(self.uses)
         pl_module.log_dict(values)
         if trainer.is_global_zero and not trainer.sanity_checking:
             self._write(trainer, values)
@@ -126,19 +131,20 @@ class BucketUse(Callback):
             name: {"num_bits": use.num_bits, "dead_rows": use.dead_rows, "entropy_share": use.entropy_share.tolist()}
             for name, use in self.uses.items()
         }
+        title = f"bucket use at step {step}"
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger):
                 folder = Path(logger.log_dir)
                 folder.mkdir(parents=True, exist_ok=True)
                 with (folder / "bucket_use.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": step, **values, "tables": tables}) + "\n")
-                if self.picture and (figure := draw(self.uses, step)) is not None:
+                if self.picture and (figure := draw(self.uses, title)) is not None:
                     figure.savefig(folder / "bucket_use.png", dpi=100)
-            elif isinstance(logger, WandbLogger) and self.picture and (figure := draw(self.uses, step)) is not None:
+            elif isinstance(logger, WandbLogger) and self.picture and (figure := draw(self.uses, title)) is not None:
                 logger.log_image("buckets/use", [figure], step=step)
 
 
-def draw(uses: dict[str, TableUse], step: int) -> Any:
+def draw(uses: dict[str, TableUse], title: str) -> Any:
     """Figure with each layer's rows sorted by hits (left) and each table's entropy (right); None without matplotlib.
 
     Hits are relative to even use, the mean over a layer's tables.
@@ -161,5 +167,5 @@ def draw(uses: dict[str, TableUse], step: int) -> Any:
     right.set(xlabel="tables, lowest first", ylabel="entropy as a share of the bits", ylim=(0, 1.02))
     if len(uses) <= 12:
         right.legend(fontsize="xx-small")
-    figure.suptitle(f"bucket use at step {step}")
+    figure.suptitle(title)
     return figure

@@ -157,7 +157,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     data_dirs = _paths(arguments.data_dir)
     shipped_data = _write_wikipedia(arguments.model) if _needs_wikipedia(tasks, data_dirs) else None
     model = _resolve(arguments.model)
-    with _table_storage(arguments, model):
+    uses: dict[str, Any] = {}
+    with _table_storage(arguments, model), _counting_buckets(model, uses):
         results = evaluate_model(
             model,
             tasks=tasks,
@@ -186,6 +187,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         )
     if results is not None and main_process:
         print_scores(results)
+        if uses:
+            from ..bucket_report import add_bucket_use
+
+            values = add_bucket_use(results, uses, output)
+            print(
+                f"bucket use: entropy {values['buckets/entropy_share']:.1%} of the bits, "
+                f"{values['buckets/dead_rows_share']:.1%} of the rows not reached"
+            )
         if truncated := results["tenfold"]["num_truncated"]:
             print(
                 f"{truncated} prompts were longer than {results['tenfold']['max_length']} tokens and lost their start"
@@ -228,6 +237,13 @@ def _table_storage(arguments: argparse.Namespace, model: str | Path) -> Abstract
             f"export one, or leave it out"
         )
     return table_storage(arguments.storage)
+
+
+def _counting_buckets(model: str | Path, uses: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Counts of MemoryFormer's buckets for the report; nothing for other models."""
+    from ..bucket_report import counting_buckets, has_hash_tables
+
+    return counting_buckets(uses) if has_hash_tables(model) else nullcontext()
 
 
 def _resolve(name: str) -> str | Path:

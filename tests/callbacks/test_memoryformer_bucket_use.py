@@ -97,7 +97,7 @@ def test_the_picture_shows_hits_relative_to_even_use():
     pytest.importorskip("matplotlib")
     use = TableUse(1, [2])
     use.add(torch.tensor([[0], [1], [1], [1]]))
-    figure = draw({"layer": use}, 7)
+    figure = draw({"layer": use}, "bucket use at step 7")
     curve, entropy = (axes.lines[0].get_ydata() for axes in figure.axes)
     assert list(curve) == [1.5, 0.5]
     assert list(entropy) == pytest.approx([-(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75))])

@@ -115,6 +115,12 @@ def test_the_stored_forms_are_scored_by_evaluate(run, tmp_path):
         task = ["--tasks", "wikipedia_bits_per_byte", "--data-dir", str(tmp_path / "data"), "--limit", "2"]
         place = ["--storage", "mmap"] if name == "int8" else []
         assert main(["evaluate", "--model", str(run / name), *task, *place, "--output", str(output)]) == 0
+        page = (output / "report.html").read_text(encoding="utf-8")
+        assert "Bucket use" in page
+        assert page.count("<svg") == 2
+        assert "layers.1.feed_forward.second" in page
+        buckets = json.loads((output / "bucket_use.json").read_text())
+        assert len(buckets["layers"]) == 6
         results = json.loads(next(output.rglob("results*.json")).read_text(encoding="utf-8"))
         scores[name] = results["results"]["wikipedia_bits_per_byte"]["bits_per_byte,none"]
         with torch.no_grad():
