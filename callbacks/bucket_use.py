@@ -13,6 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
+# of `TableUse.histogram`: hits over those of even use
+EDGES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+
 
 class TableUse:
     """Hits of every row of one layer's tables.
@@ -41,6 +44,17 @@ class TableUse:
         return bits / torch.tensor(self.reachable, dtype=torch.float64).log2()
 
     @property
+    def histogram(self) -> list[int]:
+        """Reachable rows by hits relative to even use of their table: none, then up to each of `EDGES`, then more."""
+        even = self.counts.sum(1, keepdim=True) / torch.tensor(self.reachable).unsqueeze(1)
+        relative = self.counts / even.clamp_min(1e-9)
+        bins = torch.bucketize(relative, torch.tensor((0.0, *EDGES)))
+        found = torch.bincount(bins.flatten(), minlength=len(EDGES) + 2)
+        # rows that nothing can reach are not dead
+        found[0] -= self.counts.numel() - sum(self.reachable)
+        return found.tolist()
+
+    @property
     def dead_rows(self) -> int:
         """Rows that could have been reached and were not."""
         return sum(self.reachable) - int((self.counts > 0).sum())
@@ -62,8 +76,8 @@ class BucketUse(Callback):
 
     Logs `buckets/entropy_share` (mean over all tables of entropy over bits), `buckets/entropy_share_min` and
     `buckets/dead_rows_share`. Beside the metrics of a CSV logger it writes `bucket_use.jsonl` (one line per validation
-    with all tables' values) and, where matplotlib is installed, the picture `bucket_use.png`; a W&B logger gets the
-    picture. Entropy is only as good as the number of tokens behind it: with n tokens it is about
+    with all tables' values and each layer's histogram of hits) and, where matplotlib is installed, the picture
+    `bucket_use.png`; a W&B logger gets the picture. Entropy is only as good as the number of tokens behind it: with n tokens it is about
     (rows - 1) / (2 n ln 2) bits too low, so count several tokens per row.
 
     Args:
@@ -128,7 +142,12 @@ class BucketUse(Callback):
         text = f"{values['buckets/entropy_share']:.1%} of their bits (lowest {values['buckets/entropy_share_min']:.1%})"
         rank_zero_info(f"buckets step {step}: {text}, {values['buckets/dead_rows_share']:.1%} of the rows dead")
         tables = {
-            name: {"num_bits": use.num_bits, "dead_rows": use.dead_rows, "entropy_share": use.entropy_share.tolist()}
+            name: {
+                "num_bits": use.num_bits,
+                "dead_rows": use.dead_rows,
+                "entropy_share": use.entropy_share.tolist(),
+                "histogram": use.histogram,
+            }
             for name, use in self.uses.items()
         }
         title = f"bucket use at step {step}"

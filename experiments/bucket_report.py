@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from ..callbacks.bucket_use import TableUse, draw, shares
+from ..callbacks.bucket_use import EDGES, TableUse, draw, shares
 from ..inference.evals.results import REPORT_FILE, report_page
 
 # several hundred per row of a table of 2^10 rows: entropy is then exact to three digits
@@ -81,6 +81,7 @@ def add_bucket_use(results: Mapping[str, Any], uses: dict[str, TableUse], folder
             "entropy_share_min": float(use.entropy_share.min()),
             "dead_rows": use.dead_rows,
             "rows": sum(use.reachable),
+            "histogram": use.histogram,
         }
         for name, use in uses.items()
     ]
@@ -104,6 +105,8 @@ def add_bucket_use(results: Mapping[str, Any], uses: dict[str, TableUse], folder
     page.table(layers, columns)
     page.write(folder / REPORT_FILE)
     partial = folder / "bucket_use.json.partial"
-    partial.write_text(json.dumps({**values, "layers": layers}, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(
+        json.dumps({**values, "histogram_edges": EDGES, "layers": layers}, indent=2) + "\n", encoding="utf-8"
+    )
     partial.replace(folder / "bucket_use.json")
     return values

@@ -77,6 +77,8 @@ def test_the_logged_values_are_those_counted_by_hand(max_batches, tmp_path):
     # the sanity check leaves no line
     (line,) = (tmp_path / "lightning_logs" / "version_0" / "bucket_use.jsonl").read_text().splitlines()
     tables = json.loads(line)["tables"]
+    histogram = tables["1"].pop("histogram")
+    assert (sum(histogram), histogram[0]) == (6, dead)
     assert tables == {
         "1": {"num_bits": 2, "dead_rows": dead, "entropy_share": pytest.approx(shares)},
     }
@@ -108,3 +110,15 @@ def test_refusals(tmp_path):
         BucketUse(max_batches=0)
     with pytest.raises(ValueError, match="this one has none; leave the callback out"):
         fit(tmp_path, BucketUse(), nn.Identity())
+
+
+def test_the_histogram_counts_reachable_rows_by_hits_relative_to_even_use():
+    use = TableUse(2, [4, 2])
+    # first table: 8 hits, even use is 2 each; the second reaches two rows, even use is 4 each
+    for first, second, times in ((0, 1, 5), (1, 1, 2), (3, 1, 1)):
+        use.add(torch.tensor([[first, second]] * times))
+    assert use.counts.tolist() == [[5, 2, 0, 1], [0, 8, 0, 0]]
+    # relative: 2.5, 1, none, 0.5 and 2, none; edges 1/8, 1/4, 1/2, 1, 2, 4, 8
+    assert use.histogram == [2, 0, 0, 1, 1, 1, 1, 0, 0]
+    assert sum(use.histogram) == 6
+    assert use.histogram[0] == use.dead_rows
