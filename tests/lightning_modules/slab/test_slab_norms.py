@@ -173,6 +173,8 @@ def test_lambda_keeps_its_precision_and_its_value():
         assert norm.to(dtype).blend.dtype == torch.float32
     assert float(norm.blend) == pytest.approx(0.999, abs=1e-7)
     loaded = blend()
+    # read before, so that the values of then are known
+    assert loaded.blend_state() == (1.0, False)
     loaded.load_state_dict(norm.state_dict())
     assert loaded.blend_state() == (float(norm.blend), False)
     # bfloat16 has no number between 0.996 and 1: the blend is computed in float32
@@ -260,7 +262,7 @@ def test_the_mask_follows_the_attention_mask():
     model, x = WithMask(), torch.randn(2, 3, 4)
     handle = follow_attention_mask(model)
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    for call in (lambda: model(x, mask), lambda: model(x, attention_mask=torch.cat([mask, mask], 1))):
+    for call in (lambda: model(x, mask), lambda: model(x, attention_mask=torch.cat([1 - mask, mask], 1))):
         call()
         assert torch.equal(model.norm.token_mask, mask)
     for other in (torch.ones_like(mask), torch.zeros(2, 1, 3, 3), None):
