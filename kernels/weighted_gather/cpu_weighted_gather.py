@@ -12,6 +12,12 @@ _CHUNK_VALUES = 2**20
 # up to here torch gathers on the calling thread, which is faster than waking the others
 _SERIAL_VALUES = 2**15
 _CACHED_BAGS = 64
+# from here on, bags of wide rows are cut into pieces of this many columns at most: the kernel keeps about 448 sums in
+# registers, and walks through a bag of wider rows several times, which is slower than several bags. In bags of few
+# terms, the larger number of indices takes back what that gains
+_PIECES_FROM_VALUES = 2**22
+_PIECES_FROM_TERMS = 8
+_PIECE_COLUMNS = 256
 _STARTS: dict[tuple[int, int], torch.Tensor] = {}
 
 
@@ -42,6 +48,27 @@ def _bag(
             weights = torch.stack([high, (exact - high.float()).to(table.dtype)], dim=-1).reshape(-1)
             rows, offsets = rows.repeat_interleave(2), offsets * 2
     return torch.embedding_bag(table, rows, offsets, False, 0, False, weights, closed)[0]
+
+
+def _num_pieces(num_tokens: int, num_terms: int, num_cols: int) -> int:
+    """Pieces of equal width, a multiple of 16 columns, that rows are cut into; 1 where that is not worth it."""
+    if num_terms < _PIECES_FROM_TERMS or num_tokens * num_terms * num_cols < _PIECES_FROM_VALUES:
+        return 1
+    counts = range(1, num_cols // 16 + 1)
+    fits = (n for n in counts if num_cols % (16 * n) == 0 and num_cols <= n * _PIECE_COLUMNS)
+    return next(fits, 1)
+
+
+def _bag_in_pieces(table: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, num_pieces: int) -> torch.Tensor:
+    """`_bag` with T bags of M terms, the columns of each in pieces: (T, M) weights, (T * M,) rows, out (T, H)."""
+    num_tokens, num_terms = weights.shape
+    shape = (num_tokens, num_pieces, num_terms)
+    pieces = _bag_starts(num_pieces, 1).view(1, -1, 1)
+    parts = torch.add(pieces, rows.view(num_tokens, 1, num_terms), alpha=num_pieces)
+    offsets = _bag_starts(num_tokens * num_pieces, num_terms)
+    factors = weights.unsqueeze(1).expand(shape).reshape(-1)
+    out = _bag(table.view(-1, table.shape[1] // num_pieces), parts.view(-1), offsets, factors)
+    return out.view(num_tokens, -1)
 
 
 def _rows_of_groups(table: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -88,6 +115,9 @@ def forward(table: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, *
                 if num_tokens == 1:
                     return torch.mm(weights, table.index_select(0, indices.reshape(-1)))
         rows, terms = _rows_and_terms(table, indices, num_terms, grouped=grouped)
+        pieces = _num_pieces(num_tokens, num_terms, table.shape[-1])
+        if pieces > 1 and rows.stride() == (rows.shape[1], 1):
+            return _bag_in_pieces(rows, terms, weights, pieces)
         return _bag(rows, terms, _bag_starts(num_tokens, num_terms), weights.reshape(-1))
     except (RuntimeError, IndexError):
         # the kernels check every index themselves; only then is the price of finding it paid

@@ -263,6 +263,57 @@ def test_a_layers_slice_is_not_copied(monkeypatch):
     assert seen[0].untyped_storage().data_ptr() == table.untyped_storage().data_ptr()
 
 
+@pytest.mark.parametrize("weights_dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize(
+    ("shape", "pieces"),
+    [
+        ((7, 8, 768, 40, 8), 3),
+        ((50, None, 512, 40, 9), 2),
+        ((7, 8, 1040, 40, 8), 5),
+        ((7, 8, 256, 40, 8), 1),
+        # no pieces of a multiple of 16 columns
+        ((7, 8, 1000, 40, 8), 1),
+        # few terms
+        ((7, 7, 768, 40, 7), 1),
+    ],
+    ids=str,
+)
+def test_wide_rows_of_large_calls_are_summed_in_pieces(shape, pieces, weights_dtype, monkeypatch):
+    from tenfold.kernels.weighted_gather import cpu_weighted_gather
+
+    monkeypatch.setattr(cpu_weighted_gather, "_PIECES_FROM_VALUES", 40 * shape[4] * shape[2])
+    widths = []
+    bag = torch.embedding_bag
+    monkeypatch.setattr(torch, "embedding_bag", lambda *args: widths.append(args[0].shape[1]) or bag(*args))
+    dtype = FLOAT32 if weights_dtype == FLOAT32 else BFLOAT16
+    for table_dtype in {dtype, BFLOAT16}:
+        table, indices, weights, grad = make_case(shape, table_dtype, weights_dtype)
+        op = weighted_gather if shape[1] is None else weighted_gather_groups
+        out = op(table.detach(), indices, weights.detach())
+        assert rms_error(out, expected_results(table, indices, weights, grad)[0]) < TOLERANCE[table_dtype]
+        assert widths.pop() == shape[2] // pieces
+    # a layer's slice of a larger table, in place; one value less, and nothing is cut
+    table = torch.randn(7, 2, 8, 768)[:, 1]
+    ids, weights = torch.randint(7, (200,)), torch.randn(200, 8)
+    out = weighted_gather_groups(table, ids, weights)
+    torch.testing.assert_close(out, torch.einsum("tn,tnh->th", weights, table[ids]))
+    assert widths.pop() == 256
+    monkeypatch.setattr(cpu_weighted_gather, "_PIECES_FROM_VALUES", 200 * 8 * 768 + 1)
+    weighted_gather_groups(table, ids, weights)
+    assert widths.pop() == 768
+
+
+def test_a_bad_index_of_a_large_call_is_named(monkeypatch):
+    from tenfold.kernels.weighted_gather import cpu_weighted_gather
+
+    monkeypatch.setattr(cpu_weighted_gather, "_PIECES_FROM_VALUES", 1)
+    for bad in (-1, 7):
+        ids = torch.zeros(100, dtype=torch.int64)
+        ids[50] = bad
+        with pytest.raises(ValueError, match=f"ids holds {bad}, the table's rows go from 0 to 6"):
+            weighted_gather_groups(torch.randn(7, 8, 768), ids, torch.randn(100, 8))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
 @pytest.mark.parametrize(("tokens", "terms"), [(0, 3), (4, 0)])
 def test_empty_inputs_give_zeros_and_zero_gradients(backend, tokens, terms):
