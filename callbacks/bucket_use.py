@@ -77,8 +77,8 @@ class BucketUse(Callback):
     Logs `buckets/entropy_share` (mean over all tables of entropy over bits), `buckets/entropy_share_min` and
     `buckets/dead_rows_share`. Beside the metrics of a CSV logger it writes `bucket_use.jsonl` (one line per validation
     with all tables' values and each layer's histogram of hits) and, where matplotlib is installed, the picture
-    `bucket_use.png`; a W&B logger gets the picture. Entropy is only as good as the number of tokens behind it: with n tokens it is about
-    (rows - 1) / (2 n ln 2) bits too low, so count several tokens per row.
+    `bucket_use.png`; a W&B logger gets the picture. Entropy is only as good as the number of tokens behind it: with n
+    tokens it is about (rows - 1) / (2 n ln 2) bits too low, so count several tokens per row.
 
     Args:
         max_batches: validation batches to count, per process; the counts are those of the first process.

@@ -91,7 +91,7 @@ from torch.utils.data import DataLoader
 
 folder, kind = sys.argv[1:]
 world = int(os.environ.get("WORLD_SIZE", 1))
-sizes = {"columns": (1, 2), "fsdp": (2, 1), "one": (1, 1)}[kind]
+sizes = {"columns": (1, 2), "fsdp": (2, 1), "ddp": (2, 1), "one": (1, 1)}[kind]
 
 
 class Text(pl.LightningDataModule):
@@ -126,11 +126,12 @@ def fit(steps, ckpt_path=None, saved=None):
     record = Record()
     trainer = pl.Trainer(
         max_steps=steps, accelerator="cpu", devices=world, logger=False, enable_progress_bar=False,
-        strategy=ModelParallelStrategy(*sizes) if world > 1 else "auto",
+        strategy={"one": "auto", "ddp": "ddp"}.get(kind) or ModelParallelStrategy(*sizes),
         enable_model_summary=False, enable_checkpointing=False, use_distributed_sampler=False,
         callbacks=[record], gradient_clip_val=0.01,
     )
-    module = MemoryFormerLightning(FIELDS["hash"], learning_rate=1e-3, total_steps=12)
+    rule = "lazy_adam" if kind == "ddp" else "adamw"
+    module = MemoryFormerLightning(FIELDS["hash"], learning_rate=1e-3, total_steps=12, table_optimizer=rule)
     # on disk, read again by the same strategy
     trainer.fit(module, Text(), ckpt_path=ckpt_path)
     if saved:
@@ -171,12 +172,12 @@ def test_columns_on_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
 @pytest.mark.slow
 def test_lightning_clips_saves_and_resumes_sharded_tables(tmp_path):
     found = {}
-    for kind, processes in (("one", 1), ("columns", 2), ("fsdp", 2)):
+    for kind, processes in (("one", 1), ("columns", 2), ("fsdp", 2), ("ddp", 2)):
         folder = tmp_path / kind
         folder.mkdir()
         run(TRAINED, folder, str(folder), kind, processes=processes)
         found[kind] = torch.load(folder / "gradients.pt", weights_only=True)
-    for kind in ("columns", "fsdp"):
+    for kind in ("columns", "fsdp", "ddp"):
         assert found[kind].keys() == found["one"].keys()
         torch.testing.assert_close(found[kind], found["one"], atol=1e-7, rtol=1e-4)
     norm = torch.nn.utils.get_total_norm(list(found["columns"].values()))
