@@ -1,6 +1,8 @@
 """One table from every place that can hold it: the same rows, the same text, counted bytes, clear errors."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,44 @@ def test_a_vocabulary_that_was_resized_after_the_export(tmp_path: Path) -> None:
         lookup(torch.tensor([[1, 2]]))
     with pytest.raises(ValueError, match="the embedding is not the one that"):
         lookup.save_pretrained(tmp_path / "y")
+
+
+@torch.no_grad()
+def test_a_device_that_vanishes_while_the_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_lookup(make(), tmp_path / "x", dtype="float32")
+    lookup, ids = load(tmp_path / "x", table_storage="direct"), torch.arange(12).view(2, 6)
+    expected = load(tmp_path / "x")(ids).logits
+    assert torch.equal(lookup(ids).logits, expected)
+    read = os.preadv
+    left = [3]
+
+    def failing(descriptor: int, buffers: Any, offset: int) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(OSError, match=r"reading record \d+ of .* failed: .*; check that the device is") as caught:
+        lookup(ids)
+    assert caught.value.errno == errno.EIO
+    # it is back
+    monkeypatch.setattr(os, "preadv", read)
+    assert torch.equal(lookup(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_memory_that_cannot_be_locked_leaves_the_table_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_lookup(make(), tmp_path / "x", dtype="float32")
+    lookup, ids = load(tmp_path / "x"), torch.arange(12).view(2, 6)
+    expected = lookup(ids).logits
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="limit"):
+        lookup.use_storage("pinned", pinned_limit_bytes=1000)
+    assert lookup.model.table.storage == "mmap"
+    assert torch.equal(lookup(ids).logits, expected)
 
 
 def test_ids_beyond_the_table(tmp_path: Path) -> None:
