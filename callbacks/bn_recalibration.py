@@ -80,7 +80,9 @@ class BatchNormRecalibration(Callback):
 
     def _recalibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._done = True
-        norms = batch_norms(pl_module)
+        norms, passes, max_batches = batch_norms(pl_module), self.passes, self.max_batches
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            passes, max_batches = 1, 1
         before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
         loader = plain_loader(trainer.train_dataloader, trainer)
         with torch.no_grad(), only_batch_norms_train(pl_module), logging_to(pl_module, _nowhere, _nowhere):
@@ -91,10 +93,10 @@ class BatchNormRecalibration(Callback):
             try:
                 for norm in norms:
                     norm.momentum = None if self.average == "cumulative" else norm.momentum
-                for epoch in range(self.passes):
+                for epoch in range(passes):
                     if isinstance(getattr(loader, "sampler", None), DistributedSampler):
                         loader.sampler.set_epoch(epoch)
-                    self._pass(trainer, pl_module, loader)
+                    self._pass(trainer, pl_module, islice(loader, max_batches))
             finally:
                 for norm, momentum in zip(norms, momenta, strict=True):
                     norm.momentum = momentum
@@ -105,13 +107,13 @@ class BatchNormRecalibration(Callback):
             for norm, (mean, variance) in zip(norms, before, strict=True)
         ]
         rank_zero_info(
-            f"{len(norms)} batch norms recalibrated in {self.passes} passes: means moved by {max(moved):.3f} standard "
+            f"{len(norms)} batch norms recalibrated in {passes} passes: means moved by {max(moved):.3f} standard "
             f"deviations at most (RMS over channels)"
         )
 
-    def _pass(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: Iterable[Any]) -> None:
+    def _pass(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: Iterable[Any]) -> None:
         step: Any = getattr(pl_module, "recalibration_step", None)
-        for number, batch in enumerate(islice(loader, self.max_batches)):
+        for number, batch in enumerate(batches):
             batch = trainer.strategy.batch_to_device(batch)
             with trainer.precision_plugin.forward_context():
                 step(batch) if step is not None else pl_module.training_step(batch, number)

@@ -112,7 +112,7 @@ class PRepBNSchedule(Callback):
                 raise ValueError("the trainer has no end to take decay_share of; set decay_steps, or max_steps")
             self._resolved = self.decay_steps or max(1, round(self.decay_share * (total - self.warmup_steps)))
         end = self.warmup_steps + self._resolved
-        if math.isfinite(total) and end >= total:
+        if math.isfinite(total) and end >= total and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
                 f"lambda reaches 0 at step {end}, training ends after {total:.0f}: the old norms stay in use, "
                 f"evaluation shows batch norms that were never trained alone, and the model can't be fused; shorten "

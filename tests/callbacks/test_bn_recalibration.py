@@ -111,6 +111,9 @@ def test_training_that_ends_early_is_recalibrated_too(tmp_path):
 def test_max_batches_bounds_a_pass(tmp_path):
     module, _ = fit(tmp_path, BatchNormRecalibration(passes=3, max_batches=2), max_epochs=1)
     assert module.model[2].num_batches_tracked == 4 + 3 * 2
+    # a trial run tries it once
+    module, _ = fit(tmp_path, BatchNormRecalibration(passes=3), fast_dev_run=True)
+    assert module.model[2].num_batches_tracked == 1 + 1
 
 
 def test_two_processes_get_the_statistics_of_all_data(tmp_path, monkeypatch):
