@@ -50,7 +50,7 @@ class Study:
         quantisations: of the tables that are exported after the runs with the first seed.
     """
 
-    multiply_adds: float = 7.5e12
+    multiply_adds: float = 6e12
     batch_size: int = 3
     sequence_length: int = 256
     num_layers: int = 10
