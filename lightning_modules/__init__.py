@@ -7,6 +7,7 @@ from . import decoder as _decoder  # noqa: F401
 from . import memoryformer as _memoryformer  # noqa: F401
 from . import mole as _mole  # noqa: F401
 from . import slab as _slab  # noqa: F401
+from . import vision as _vision  # noqa: F401
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
@@ -34,5 +35,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "set_token_mask",
         ],
         "slab.module": ["SLABLightning"],
+        "vision": ["VisionBackbone", "VisionConfig", "VisionForImageClassification", "vision_config"],
     },
 )

@@ -4,6 +4,8 @@ from . import causal_attention as _causal_attention  # noqa: F401 (registers `re
 from . import modeling as _modeling  # noqa: F401 (fills the decoder's norm slots)
 from . import plans as _plans  # noqa: F401 (who reads which norm)
 from . import presets as _presets  # noqa: F401 (registers the sizes)
+from . import vision as _vision  # noqa: F401 (fills the slots of image backbones)
+from . import vision_plans as _vision_plans  # noqa: F401 (who reads their norms)
 from .attention import SimplifiedLinearAttention
 from .convert import FusedDecoderForCausalLM, FusedLlamaForCausalLM, fused_model
 from .fusion import ChannelAffine, NormSite, fuse_norms, register_plan, statistics_norms
