@@ -58,7 +58,7 @@ BENCHES: dict[str, Bench] = {
     "excp-resume": Bench("excp_resume", "training resumed three times from coded saves: loss and first update"),
     "specache": Bench("specache", "decoding with SpeCache: device bytes, tokens per second, exposed waits"),
     "specache-quality": Bench(
-        "specache_quality", "SpeCache and other caches of its size on real text: needle, longbench-local"
+        "specache_quality", "SpeCache and other caches of its size: recall of symbols, needle, longbench-local"
     ),
     "memoryformer": Bench("memoryformer", "hash-and-gather layers and blocks against dense ones, by tokens and width"),
     "memoryformer-quality": Bench(

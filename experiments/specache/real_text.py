@@ -44,7 +44,8 @@ class Study:
         lengths: Tokens of prompt and answer together, of `longbench_local` and of perplexity.
         needle_lengths: The same for the needle, whose batches are few.
         depths: Where needles lie, in percent.
-        rounds: Batches per task and length; each has other prompts. More rounds go on where fewer ended.
+        rounds: Batches per task at the shortest length, each with other prompts; longer ones get as many tokens. More
+            rounds go on where fewer ended.
         batch_size: Prompts per batch of `longbench_local` and of perplexity; the needle has one per depth.
         scored_tokens: Tokens after each prompt behind the perplexity.
         seed: Of all prompts.
@@ -114,8 +115,11 @@ class Batch:
 
 def batches(study: Study, tokenizer: Any, documents: list[dict[str, Any]]) -> Iterator[Batch]:
     """All batches, round by round, so that an unfinished study is balanced."""
+    lengths = sorted({*study.lengths, *study.needle_lengths})
     for number in range(study.rounds):
-        for length in sorted({*study.lengths, *study.needle_lengths}):
+        for length in lengths:
+            if number and number * length >= study.rounds * lengths[0]:
+                continue
             if length in study.needle_lengths:
                 yield from _tasks("needle", study, tokenizer, documents, length, number)
             if length in study.lengths:
@@ -330,12 +334,14 @@ class Score:
     device_bytes: float
 
 
-def summary(result: dict[str, Any], suite: str, *, length: int | None = None) -> dict[str, Score]:
+def summary(
+    result: dict[str, Any], suite: str, *, length: int | None = None, task: str | None = None
+) -> dict[str, Score]:
     """Scores by method; `longbench_local` is the mean over prompts, of which every set has as many."""
     values: dict[str, list[float]] = {}
     sizes: dict[str, list[float]] = {}
     for record in result["batches"]:
-        if record["suite"] != suite or (length is not None and record["length"] != length):
+        if record["suite"] != suite or length not in (None, record["length"]) or task not in (None, record["task"]):
             continue
         for label, found in record["methods"].items():
             numbers = found["nats"] if suite == PERPLEXITY else [100 * value for value in found["scores"]]

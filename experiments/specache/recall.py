@@ -4,8 +4,8 @@ Each prompt holds many chains of symbols, no two alike, and asks for one: its fi
 to be looked up. The answers are fed token by token, and counted where the model would have said the same, so that all
 caches are asked the same. The first token after the prompt comes from the prefill and does not count.
 
-By default the model is SmolLM2-135M and symbols are words of its own; a folder that `tenfold fit -c
-experiments/specache/tiny.yaml` and `tenfold export` have made is another choice.
+`WORDS` asks SmolLM2-135M with words of its own vocabulary. `TRAINED` asks `recall_decoder`, a small decoder that was
+trained on such chains and looks symbols up nearly without mistakes: `tiny.yaml`, commands in README.md.
 """
 
 import hashlib
@@ -44,6 +44,7 @@ class Recall:
         model: Model by name.
         dtype: Of the model and of what caches keep in full.
         seeds: Of the prompts.
+        words: Symbols are words of the tokenizer; otherwise the ids 0 to `vocab_size`.
         num_prompts: Prompts per seed.
         num_keys: Chains per prompt.
         value_length: Symbols per chain after the first.
@@ -57,6 +58,7 @@ class Recall:
     model: str = "asset:smollm2-135m"
     dtype: str = "bfloat16"
     seeds: tuple[int, ...] = (0, 1, 2)
+    words: bool = True
     num_prompts: int = 6
     num_keys: int = 40
     value_length: int = 7
@@ -71,6 +73,14 @@ class Recall:
         return SpeCacheOptions(
             bits=bits, top_k=self.top_k, residual_length=self.residual_length, group_size=self.group_size
         )
+
+
+WORDS = Recall()
+DECODER = Path(__file__).with_name("recall_decoder")
+TRAINED = Recall(
+    model=str(DECODER), dtype="float32", words=False, num_prompts=32, num_keys=22, vocab_size=256, top_k=16,
+    rows=(0, 8, 16, 32, 64, 128), residual_length=16, group_size=16,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,9 @@ def run_recall(study: Recall, folder: Path, report: Callable[[str], None]) -> di
         ValueError: The model is not there, or has too few words of one token.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(json.dumps(asdict(replace(study, seeds=())), sort_keys=True).encode()).hexdigest()[:12]
+    # a folder by its name: where it lies changes nothing
+    settings = asdict(replace(study, seeds=(), model=Path(study.model).name))
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     source, symbols = None, None
     found: dict[str, list[dict[str, Any]]] = {}
     for seed in study.seeds:
@@ -118,7 +130,7 @@ def run_recall(study: Recall, folder: Path, report: Callable[[str], None]) -> di
         if not seen.get("complete"):
             if source is None:
                 source = load_source(study.model, dtype=study.dtype)  # type: ignore[arg-type]
-                symbols = symbol_ids(source_tokenizer(source), study.vocab_size) if source.tokenizer else None
+                symbols = symbol_ids(source_tokenizer(source), study.vocab_size) if study.words else None
             for label, recalled in recall_of_seed(study, source.model, seed, symbols, skip=set(seen)):
                 seen[label] = asdict(recalled)
                 # cache by cache: a run that is stopped loses one
@@ -179,12 +191,12 @@ def recall_of_seed(
     prompt = record_prompt(model, ids)
     _, full = decode_recorded(model, prompt, build_cache("full", model.config)[0], continuation=answers)
     capacity = ids.shape[1] + study.value_length - 1
-    for label, build in _caches(study, model, capacity).items():
+    for label, build in caches(study, model, capacity).items():
         if label not in skip:
             yield label, _recalled(model, prompt, build(), answers, full)
 
 
-def _caches(study: Recall, model: Any, capacity: int) -> dict[str, Any]:
+def caches(study: Recall, model: Any, capacity: int) -> dict[str, Any]:
     """What makes a cache, by label."""
     shape = CacheShape.of(model.config, model.dtype)
 
@@ -205,7 +217,10 @@ def _caches(study: Recall, model: Any, capacity: int) -> dict[str, Any]:
             )
             found[f"{name}-{bits}"] = make(name, **budget)
             if name == "kivi":
+                # the other levels: at 1 bit the paper's, which the method has of itself
                 found[f"kivi-{bits}-centred"] = make(name, rule="centred", **budget)
+        if bits == 1:
+            found["specache-1-kivi-levels"] = make("specache", top_k=study.top_k, rule="kivi", **base)
         for rows in study.rows:
             found[f"specache-{bits} k={rows}"] = make("specache", top_k=min(rows, capacity), **base)
     return found

@@ -99,6 +99,9 @@ def test_scores_are_means_over_prompts_with_paired_gaps() -> None:
     assert found["kivi-2"].gap_error == pytest.approx(100 / 3)
     assert summary(result({"full": [1.0]}), "longbench_local") == {}
     assert math.isnan(summary(result({"full": [1.0]}), "needle")["full"].error)
+    one = result({"full": [1.0]})
+    assert set(summary(one, "needle", length=64, task="needle")) == {"full"}
+    assert summary(one, "needle", length=65) == summary(one, "needle", task="other") == {}
 
 
 def test_rows_have_the_published_names_and_reasons() -> None:
@@ -114,13 +117,13 @@ def test_rows_have_the_published_names_and_reasons() -> None:
 
 
 def test_recall_rows_compare_means_over_seeds() -> None:
-    labels = {"full": 0.0, "kivi-1-centred": 0.5}
+    labels = {"full": 0.0, "kivi-1-centred": 0.5, "specache-1-kivi-levels": 0.75}
     for bits in (2, 1):
         labels |= {f"{name}-{bits}": 0.25 for name in ("exact-fetch", "specache", "kivi", "window", "h2o")}
         labels |= {f"specache-{bits} k=0": 0.5, f"specache-{bits} k=8": 0.125}
     measures = ("tokens", "nats", "divergence", "hit_ratio", "coverage_ratio")
     caches = {label: [dict.fromkeys(measures, value + step) for step in (0, 2)] for label, value in labels.items()}
-    rows = list(_recall_rows({"study": {"seeds": (0, 1), "rows": (0, 8)}, "caches": caches}))
+    rows = list(_recall_rows({"study": {"seeds": (0, 1), "rows": (0, 8)}, "caches": caches}, "recall"))
     found = {(row.case, row.metric, row.peer): row for row in rows}
     tokens = found["recall bits=1", "tokens", "full"]
     assert (tokens.value, tokens.peer_value, tokens.ratio, tokens.repeats) == (1.25, 1.0, 1.25, 2)
@@ -128,6 +131,8 @@ def test_recall_rows_compare_means_over_seeds() -> None:
     assert found["recall bits=2 rows=8", "divergence", "full"].value == 1.125
     levels = found["recall bits=1 levels=centred", "divergence", "kivi-1"]
     assert (levels.value, levels.peer_value) == (1.5, 1.25)
+    levels = found["recall bits=1 levels=centred", "divergence", "specache-1-kivi-levels"]
+    assert (levels.value, levels.peer_value) == (1.25, 1.75)
 
 
 def test_finished_batches_are_read_back_and_half_a_line_is_not(tmp_path: Path) -> None:

@@ -1,0 +1,59 @@
+"""What the method is for, on a decoder that looks things up: exact rows bring back what low bits lose."""
+
+from dataclasses import replace
+from statistics import fmean
+
+import pytest
+from tenfold.experiments.model_source import load_source
+from tenfold.experiments.specache.recall import DECODER, TRAINED, Recalled, recall_of_seed
+from tenfold.experiments.specache.recall_map import recall_map
+
+STUDY = replace(TRAINED, num_prompts=16)
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return load_source(str(DECODER), dtype="float32").model
+
+
+@pytest.fixture(scope="module")
+def recalled(decoder) -> list[dict[str, Recalled]]:
+    """By seed, what each cache recalls."""
+    return [dict(recall_of_seed(STUDY, decoder, seed)) for seed in STUDY.seeds]
+
+
+def test_the_weights_are_few_and_the_decoder_looks_symbols_up(decoder, recalled) -> None:
+    assert sum(file.stat().st_size for file in DECODER.iterdir()) < 5e6
+    assert decoder.config.num_key_value_heads < decoder.config.num_attention_heads
+    assert all(seed["full"].tokens > 0.9 for seed in recalled)
+
+
+@pytest.mark.parametrize("bits", [2, 1])
+def test_exact_fetch_then_specache_then_all_others_at_equal_bytes_for_every_seed(recalled, bits: int) -> None:
+    for seed in recalled:
+        ours = seed[f"specache-{bits}"]
+        assert seed["full"].tokens >= seed[f"exact-fetch-{bits}"].tokens - 0.03
+        assert 0 < seed[f"exact-fetch-{bits}"].divergence < ours.divergence
+        for rival in ("kivi", "window", "h2o"):
+            other = seed[f"{rival}-{bits}"]
+            assert other.device_bytes <= ours.device_bytes
+            assert ours.divergence < other.divergence, rival
+            assert ours.tokens > other.tokens, rival
+
+
+@pytest.mark.parametrize("bits", [2, 1])
+def test_more_rows_lose_less(recalled, bits: int) -> None:
+    means = [fmean(seed[f"specache-{bits} k={rows}"].divergence for seed in recalled) for rows in STUDY.rows]
+    # a wrong guess may hurt more with more rows: not every step helps, every two do
+    assert all(more < fewer for fewer, more in zip(means, means[2:], strict=False))
+
+
+def test_the_map_shows_where_a_window_is_blind(decoder) -> None:
+    study, labels = replace(TRAINED, seeds=(0,), num_prompts=8), ("full", "specache-2", "window-2")
+    cells = recall_map(decoder, study, num_keys=(22,), num_depths=3, labels=labels)
+    found = {(cell.cache, cell.depth): cell.tokens for cell in cells}
+    middle = 100 * 10 / 21
+    assert sorted({cell.depth for cell in cells}) == pytest.approx([0, middle, 100])
+    assert {cell.num_tokens for cell in cells} == {1 + 22 * 8 + 2}
+    assert found["window-2", middle] < found["specache-2", middle] - 0.3
+    assert found["full", middle] > 0.9
