@@ -207,6 +207,9 @@ def _rows(model: Qwen2ForCausalLM, size: Size, context: int, settings: Settings)
         except ValueError as error:
             reasons[peer] = str(error)
             continue
+        if peer == "quantized" and context > _PREFILL_CHUNK:
+            # later chunks read earlier ones in few bits
+            continue
         # nothing is lost in a prefill: all caches begin at the same logits
         limit = 1e-4 if model.dtype == torch.float32 else 3e-2
         require_same(f"{case} prefill", peer, [running[peer].logits], [ours.logits], limit)
