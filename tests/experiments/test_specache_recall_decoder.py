@@ -1,14 +1,13 @@
 """What the method is for, on a decoder that looks things up: exact rows bring back what low bits lose."""
 
 from dataclasses import replace
+from itertools import pairwise
 from statistics import fmean
 
 import pytest
 from tenfold.experiments.model_source import load_source
 from tenfold.experiments.specache.recall import DECODER, TRAINED, Recalled, recall_of_seed
 from tenfold.experiments.specache.recall_map import recall_map
-
-STUDY = replace(TRAINED, num_prompts=16)
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +18,7 @@ def decoder():
 @pytest.fixture(scope="module")
 def recalled(decoder) -> list[dict[str, Recalled]]:
     """By seed, what each cache recalls."""
-    return [dict(recall_of_seed(STUDY, decoder, seed)) for seed in STUDY.seeds]
+    return [dict(recall_of_seed(TRAINED, decoder, seed)) for seed in TRAINED.seeds]
 
 
 def test_the_weights_are_few_and_the_decoder_looks_symbols_up(decoder, recalled) -> None:
@@ -41,11 +40,25 @@ def test_exact_fetch_then_specache_then_all_others_at_equal_bytes_for_every_seed
             assert ours.tokens > other.tokens, rival
 
 
+def mean(recalled: list[dict[str, Recalled]], label: str) -> float:
+    """Divergence from the full cache, over seeds."""
+    return fmean(seed[label].divergence for seed in recalled)
+
+
+def test_the_gain_over_kivi_grows_from_two_bits_to_one(recalled) -> None:
+    two, one = (mean(recalled, f"kivi-{bits}") - mean(recalled, f"specache-{bits}") for bits in (2, 1))
+    assert one > two > 0
+
+
 @pytest.mark.parametrize("bits", [2, 1])
 def test_more_rows_lose_less(recalled, bits: int) -> None:
-    means = [fmean(seed[f"specache-{bits} k={rows}"].divergence for seed in recalled) for rows in STUDY.rows]
-    # a wrong guess may hurt more with more rows: not every step helps, every two do
-    assert all(more < fewer for fewer, more in zip(means, means[2:], strict=False))
+    means = [mean(recalled, f"specache-{bits} k={rows}") for rows in TRAINED.rows]
+    assert all(more < fewer for fewer, more in pairwise(means))
+
+
+def test_the_papers_levels_of_one_bit_lose_less_than_kivis(recalled) -> None:
+    assert mean(recalled, "specache-1") < mean(recalled, "specache-1-kivi-levels")
+    assert mean(recalled, "kivi-1-centred") < mean(recalled, "kivi-1")
 
 
 def test_the_map_shows_where_a_window_is_blind(decoder) -> None:
