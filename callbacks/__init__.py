@@ -18,5 +18,6 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "slab_schedule": ["PRepBNSchedule"],
         "step_seed": ["StepSeed"],
         "throughput": ["TokenThroughput"],
+        "weight_ema": ["WeightEMA"],
     },
 )

@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "decoder": ["DecoderConfig", "DecoderForCausalLM", "decoder_config"],
+        "image_classification": ["ImageClassificationModule"],
         "language_model": ["CausalLMModule"],
         "memoryformer": ["KeyedMemory", "MemoryFormerConfig", "MemoryFormerForCausalLM", "MemoryLayer"],
         "memoryformer.module": ["MemoryFormerLightning"],
@@ -28,6 +29,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "SimplifiedLinearAttention",
             "follow_attention_mask",
             "fuse_norms",
+            "fused_classifier",
             "fused_model",
             "progressive_norm",
             "register_plan",

@@ -13,6 +13,7 @@ from .llama import PRepBNLlamaConfig, PRepBNLlamaForCausalLM
 from .masks import follow_attention_mask, set_token_mask
 from .norms import ProgressiveNorm, RepBatchNorm
 from .replace import progressive_norm, replace_norms
+from .vision_convert import fused_classifier
 
 __all__ = [
     "ChannelAffine",
@@ -26,6 +27,7 @@ __all__ = [
     "SimplifiedLinearAttention",
     "follow_attention_mask",
     "fuse_norms",
+    "fused_classifier",
     "fused_model",
     "progressive_norm",
     "register_plan",

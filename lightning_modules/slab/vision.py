@@ -90,10 +90,10 @@ class StripeLinearAttention(StripeAttention):
         )
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: Grid, branch: int
+        self, query: Tensor, key: Tensor, value: Tensor, inside: Tensor | None, window: Grid, branch: int
     ) -> Tensor:
         """Linear attention inside stripes, see `StripeAttention.attend`."""
-        return self.mixers[branch](query, key, value, mask, window)
+        return self.mixers[branch](query, key, value, inside, window)
 
 
 class _StripeMixer(SimplifiedLinearAttention):
@@ -103,14 +103,13 @@ class _StripeMixer(SimplifiedLinearAttention):
         del self.qkv, self.projection
 
     def forward(  # type: ignore[override]
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: Grid
+        self, query: Tensor, key: Tensor, value: Tensor, inside: Tensor | None, window: Grid
     ) -> Tensor:
         self._grid_of(query.shape[1], window)
         key = key + self._positions_for(window).to(key.dtype)
-        if mask is not None:
-            # whoever any other place may see is no padding; a key of zeros has no weight
-            seen = mask.sum(1) > mask.diagonal(dim1=1, dim2=2).long()
-            key = torch.where(seen[..., None], key, 0.0)
+        if inside is not None:
+            # a key of zeros has no weight
+            key = torch.where(inside[..., None], key, 0.0)
         query, key, value = (split_heads(part, self.num_heads) for part in (query, key, value))
         return join_heads(self.attend(query, key, value, window))
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .slots import ATTENTIONS, AttentionPlace, build_norm
-from .windows import join, pad_to_multiple, shift_mask, split
+from .windows import image_tokens, join, pad_to_multiple, shift_mask, split
 
 Grid = tuple[int, int]
 
@@ -170,16 +170,16 @@ class StripeAttention(nn.Module):
             padded_parts = [pad_to_multiple(tensor, window) for tensor in part]
             padded = padded_parts[0][1]
             q, k, v = (split(tensor, window) for tensor, _ in padded_parts)
-            mask = None
+            inside = None
             if padded != grid:
-                mask = shift_mask(grid, padded, window, 0, device=x.device).repeat(len(x), 1, 1)
+                inside = image_tokens(grid, padded, window, device=x.device).repeat(len(x), 1)
             local = self.local[branch](v.transpose(1, 2).unflatten(-1, window)).flatten(2).transpose(1, 2)
-            mixed = self.attend(q, k, v, mask, window, branch) + local
+            mixed = self.attend(q, k, v, inside, window, branch) + local
             out.append(join(mixed, padded, window)[:, : grid[0], : grid[1]])
         return self.projection(torch.cat(out, dim=-1).flatten(1, 2))
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: Grid, branch: int
+        self, query: Tensor, key: Tensor, value: Tensor, inside: Tensor | None, window: Grid, branch: int
     ) -> Tensor:
         """Attention inside stripes: (stripes, n, C) to (stripes, n, C).
 
@@ -187,12 +187,12 @@ class StripeAttention(nn.Module):
             query: (stripes, n, C).
             key: (stripes, n, C).
             value: (stripes, n, C).
-            mask: (stripes, n, n) with True where a pair may attend, or None.
+            inside: (stripes, n) bool, False at keys that are padding; None without any.
             window: rows and columns of a stripe.
             branch: number of the direction.
         """
         q, k, v = (split_heads(part, self.num_heads) for part in (query, key, value))
-        return join_heads(F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None]))
+        return join_heads(F.scaled_dot_product_attention(q, k, v, None if inside is None else inside[:, None, None]))
 
 
 @ATTENTIONS.register("softmax")

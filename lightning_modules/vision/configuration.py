@@ -28,7 +28,7 @@ class VisionConfig(BackboneConfigMixin, PreTrainedConfig):
         window_size: side of Swin's windows, in tokens.
         reduction_ratios: side of the patches that PVT's keys and values are made from, in tokens.
         stripe_widths: of CSwin's stripes, in tokens.
-        norm: name of a norm slot: layernorm, prepbn, repbn, batchnorm.
+        norm: name of a norm slot: layernorm, prepbn, repbn, batchnorm; identity in the fused form.
         norm_options: options of the slot's builder.
         norm_eps: of LayerNorm.
         attention: name of an attention slot, softmax or simplified_linear; a list names one per stage.

@@ -121,7 +121,8 @@ class PatchMerging(nn.Module):
     def __init__(self, config: Any, in_channels: int, dim: int) -> None:
         super().__init__()
         self.norm = build_norm(config, 4 * in_channels)
-        self.reduction = nn.Linear(4 * in_channels, dim, bias=False)
+        # a fused norm leaves its shift there
+        self.reduction = nn.Linear(4 * in_channels, dim, bias=config.norm == "identity")
 
     def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
         """Map (B, c, H, W) to tokens (B, N, C), and their rows and columns; an odd side is padded with zeros."""

@@ -14,6 +14,8 @@ from .layers import Block, ConvEmbedding, PatchMerging
 from .slots import AttentionPlace, Pattern, build_norm
 
 PATTERNS: dict[str, Pattern] = {"deit": "global", "swin": "window", "pvt": "reduced", "cswin": "stripe"}
+# learned parameters that no layer multiplies with
+TABLES = ("positions", "relative_positions", "class_token")
 
 
 class Stage(nn.Module):
@@ -117,7 +119,7 @@ class VisionPreTrainedModel(PreTrainedModel):
             initialise: Any = module.initialise
             initialise()
         for name, table in module.named_parameters(recurse=False):
-            if name in ("positions", "relative_positions", "class_token"):
+            if name in TABLES:
                 # linear attention's table starts at 0
                 scale = 0.0 if hasattr(module, "depthwise") else std
                 initialization.trunc_normal_(table, std=scale) if scale else initialization.zeros_(table)

@@ -50,6 +50,12 @@ def _layernorm(config: Any, size: int) -> nn.Module:
     return nn.LayerNorm(size, eps=config.norm_eps)
 
 
+@NORMS.register("identity")
+def _identity(config: Any, size: int) -> nn.Module:
+    """No norm, for the fused form."""
+    return nn.Identity()
+
+
 def build_norm(config: Any, size: int) -> nn.Module:
     """The configuration's norm for `size` channels."""
     return NORMS.build(config.norm, config, size, **(config.norm_options or {}))

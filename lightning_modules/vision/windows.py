@@ -29,19 +29,23 @@ def join(x: Tensor, grid: Grid, window: Grid) -> Tensor:
 
 
 def shift_mask(grid: Grid, padded: Grid, window: Grid, shift: int, *, device: torch.device) -> Tensor:
-    """Which pairs of a window are neighbours in the image and no padding: (W, r s, r s) bool.
+    """Which pairs of a window may attend: neighbours in the image, and padding to padding: (W, r s, r s) bool.
 
-    Windows of the padded map, rolled by `shift` towards the start. A place always sees itself, padding too: a row
-    without anything to attend to would be nan.
+    Windows of the padded map, rolled by `shift` towards the start.
     """
-    labels = torch.zeros(1, *padded, 1, dtype=torch.long, device=device)
-    labels[:, grid[0] :], labels[:, :, grid[1] :] = -1, -1
+    labels = torch.zeros(padded, dtype=torch.long, device=device)
+    labels[grid[0] :], labels[:, grid[1] :] = -1, -1
     if shift:
-        labels = labels.roll((-shift, -shift), (1, 2))
+        labels = labels.roll((-shift, -shift), (0, 1))
         # what came round from the other side is a region of its own, in each direction
-        wrapped = [torch.arange(side, device=device) >= side - shift for side in padded]
-        region = 1 + wrapped[0].long()[:, None] + 2 * wrapped[1].long()[None, :]
-        labels = torch.where(labels[0, ..., 0] < 0, -1, region)[None, ..., None]
-    places = split(labels, window).squeeze(-1)  # (W, r s)
-    allowed = (places[:, :, None] == places[:, None, :]) & (places[:, None, :] >= 0)
-    return allowed | torch.eye(places.shape[1], dtype=torch.bool, device=device)
+        wrapped = [(torch.arange(side, device=device) >= side - shift).long() for side in padded]
+        labels = torch.where(labels < 0, -1, wrapped[0][:, None] + 2 * wrapped[1][None, :])
+    places = split(labels[None, ..., None], window).squeeze(-1)  # (W, r s)
+    return places[:, :, None] == places[:, None, :]
+
+
+def image_tokens(grid: Grid, padded: Grid, window: Grid, *, device: torch.device) -> Tensor:
+    """Which tokens of the windows of a padded map are no padding: (W, r s) bool."""
+    inside = torch.zeros(padded, dtype=torch.bool, device=device)
+    inside[: grid[0], : grid[1]] = True
+    return split(inside[None, ..., None], window).squeeze(-1)

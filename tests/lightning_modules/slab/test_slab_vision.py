@@ -2,14 +2,21 @@
 
 import copy
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from tenfold.lightning_modules import NormSite, VisionBackbone, VisionConfig, VisionForImageClassification, fuse_norms
-from tenfold.lightning_modules.slab import RepBatchNorm, SimplifiedLinearAttention, statistics_norms
+from tenfold.lightning_modules.slab import (
+    RepBatchNorm,
+    SimplifiedLinearAttention,
+    fused_classifier,
+    statistics_norms,
+)
 from tenfold.lightning_modules.slab.vision import ReducedLinearAttention, StripeLinearAttention
 from tenfold.lightning_modules.vision.slots import AttentionPlace
 from torch import nn
+from transformers import AutoModelForImageClassification
 
 torch.set_num_threads(1)
 
@@ -68,6 +75,18 @@ def test_fused_equals_unfused(name: str, attention: str, size: tuple[int, int]) 
     fuse_norms(single)
     error = (single(x.float()).logits - model.float()(x.float()).logits).abs().max() / expected.abs().max()
     assert error < 1e-5
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_fused_classifier_is_a_plain_folder(name: str, tmp_path: Path) -> None:
+    model = trained(VisionForImageClassification, VisionConfig(**options(name, "softmax"), norm="prepbn"))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    fused_classifier(model).save_pretrained(tmp_path)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path, dtype=torch.float64)
+    assert statistics_norms(again) == []
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(again(x).logits, model(x).logits, rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("norm", ["repbn", "batchnorm"])

@@ -1,5 +1,7 @@
 """Backbones against transformers' own models with the same weights, in float64, and published sizes."""
 
+import math
+
 import pytest
 import torch
 from tenfold.lightning_modules.vision import VisionBackbone, VisionConfig, VisionForImageClassification, vision_config
@@ -150,7 +152,7 @@ def test_swin_is_transformers_swin(image: int, window: int) -> None:
         SwinConfig(
             image_size=image,
             embed_dim=12,
-            depths=[2, 2, 1],
+            depths=[2, 2, 2],
             num_heads=[2, 3, 4],
             window_size=window,
             num_labels=5,
@@ -163,7 +165,7 @@ def test_swin_is_transformers_swin(image: int, window: int) -> None:
             image_size=image,
             patch_size=4,
             hidden_sizes=[12, 24, 48],
-            depths=[2, 2, 1],
+            depths=[2, 2, 2],
             num_heads=[2, 3, 4],
             window_size=window,
             norm_eps=1e-5,
@@ -176,7 +178,7 @@ def test_swin_is_transformers_swin(image: int, window: int) -> None:
         ("norm", ["swin.layernorm"]),
         ("head", ["classifier"]),
     ]
-    for stage, depth in enumerate([2, 2, 1]):
+    for stage, depth in enumerate([2, 2, 2]):
         root = f"swin.encoder.layers.{stage}"
         if stage:
             before = f"swin.encoder.layers.{stage - 1}.downsample"
@@ -397,20 +399,37 @@ def test_fixed_tables_refuse_other_sizes(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_interpolated_tables_take_any_size(name: str) -> None:
-    """The trained size is untouched, another size gives maps of its own shape, a constant table stays constant."""
+    """The trained size is untouched."""
     fixed = VisionForImageClassification(VisionConfig(**SMALL[name])).eval()
     free = VisionForImageClassification(VisionConfig(**SMALL[name], positions="interpolated")).eval()
     free.load_state_dict(fill(fixed))
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(fixed(x).logits, free(x).logits)
-    table = free.stages[0].embedding
-    if getattr(table, "positions", None) is not None:
-        with torch.no_grad():
-            table.positions.fill_(0.7)
-        resized = table._positions_for((6, 11))
-        torch.testing.assert_close(resized, torch.full_like(resized, 0.7))
     wide = free(torch.randn(1, 3, 64, 48)).logits
     assert wide.isfinite().all()
+
+
+def cubic(old: int, new: int) -> torch.Tensor:
+    """(new, old) weights of cubic convolution with a = -0.75 between centres of cells, edges repeated."""
+    weights = torch.zeros(new, old, dtype=torch.float64)
+    for place in range(new):
+        at = (place + 0.5) * old / new - 0.5
+        for tap in range(math.floor(at) - 1, math.floor(at) + 3):
+            t = abs(at - tap)
+            inner = 1.25 * t**3 - 2.25 * t**2 + 1
+            weights[place, min(max(tap, 0), old - 1)] += inner if t <= 1 else -0.75 * (t**3 - 5 * t**2 + 8 * t - 4)
+    return weights
+
+
+def test_tables_are_resized_by_cubic_convolution_and_the_class_token_kept() -> None:
+    model = VisionForImageClassification(VisionConfig(**SMALL["deit"], positions="interpolated")).double()
+    embedding = model.stages[0].embedding
+    torch.nn.init.normal_(embedding.positions)
+    resized = embedding._positions_for((6, 3))[0]
+    table = embedding.positions[0, 1:].unflatten(0, (4, 4))
+    expected = torch.einsum("ai,bj,ijc->abc", cubic(4, 6), cubic(4, 3), table).flatten(0, 1)
+    torch.testing.assert_close(resized[1:], expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(resized[0], embedding.positions[0, 0])
 
 
 @pytest.mark.parametrize(
