@@ -17,9 +17,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(15, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 4)
+    axes = figure.subplots(1, 4, width_ratios=(1, 1, 1, 1.8))
     for axis, suite, title in zip(
         axes, ("longbench_local", "needle", PERPLEXITY), ("longbench-local", "needle", "decoded perplexity (nats)"),
         strict=False,

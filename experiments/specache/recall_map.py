@@ -81,7 +81,7 @@ def draw_map(cells: list[Cell], path: Path) -> None:
     lengths = sorted({cell.num_tokens for cell in cells})
     figure = Figure(figsize=(2.1 * (len(labels) + 1) / 2, 5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, -(-len(labels) // 2), sharey=True, squeeze=False).flat
+    axes = list(figure.subplots(2, -(-len(labels) // 2), sharey=True, squeeze=False).flat)
     for axis, label in zip(axes, labels, strict=False):
         own = [cell for cell in cells if cell.cache == label]
         columns = [[cell.tokens for cell in own if cell.num_tokens == length] for length in lengths]
@@ -91,7 +91,7 @@ def draw_map(cells: list[Cell], path: Path) -> None:
         axis.set_title(label, fontsize="medium")
         axis.set_xticks([place + 0.5 for place in range(len(lengths))], [str(length) for length in lengths])
         axis.set_yticks([place + 0.5 for place in range(len(depths))], [f"{depth:.0f} %" for depth in depths])
-    for axis in list(axes)[len(labels) :]:
+    for axis in axes[len(labels) :]:
         axis.set_axis_off()
     figure.axes[0].invert_yaxis()
     figure.supxlabel("tokens of the prompt")
