@@ -41,11 +41,12 @@ class Study:
     Attributes:
         model: Model by name.
         dtype: Of the weights and of everything that is kept in full precision.
-        lengths: Tokens of prompt and answer together, of `longbench_local` and of perplexity.
+        lengths: Tokens of prompt and answer together, of `longbench_local` and of perplexity; all but the first have one
+            round.
         needle_lengths: The same for the needle, whose batches are few.
         depths: Where needles lie, in percent.
-        rounds: Batches per task at the shortest length, each with other prompts; longer ones get as many tokens. More
-            rounds go on where fewer ended.
+        rounds: Batches per task at the shortest length, each with other prompts; the needle has as many tokens at each
+            length. More rounds go on where fewer ended.
         batch_size: Prompts per batch of `longbench_local` and of perplexity; the needle has one per depth.
         scored_tokens: Tokens after each prompt behind the perplexity.
         seed: Of all prompts.
@@ -56,7 +57,7 @@ class Study:
 
     model: str = "asset:smollm2-135m"
     dtype: str = "bfloat16"
-    lengths: tuple[int, ...] = (2048,)
+    lengths: tuple[int, ...] = (2048, 4096)
     needle_lengths: tuple[int, ...] = (2048, 4096, 8192)
     depths: tuple[float, ...] = (10.0, 50.0, 90.0)
     rounds: int = 3
@@ -115,14 +116,12 @@ class Batch:
 
 def batches(study: Study, tokenizer: Any, documents: list[dict[str, Any]]) -> Iterator[Batch]:
     """All batches, round by round, so that an unfinished study is balanced."""
-    lengths = sorted({*study.lengths, *study.needle_lengths})
+    shortest = study.needle_lengths[0]
     for number in range(study.rounds):
-        for length in lengths:
-            if number and number * length >= study.rounds * lengths[0]:
-                continue
-            if length in study.needle_lengths:
+        for length in sorted({*study.lengths, *study.needle_lengths}):
+            if length in study.needle_lengths and (not number or number * length < study.rounds * shortest):
                 yield from _tasks("needle", study, tokenizer, documents, length, number)
-            if length in study.lengths:
+            if length in study.lengths and (not number or length == study.lengths[0]):
                 yield from _tasks("longbench_local", study, tokenizer, documents, length, number)
                 yield _text(study, tokenizer, documents, length, number)
 

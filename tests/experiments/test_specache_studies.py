@@ -86,6 +86,20 @@ def test_perplexity_counts_decoded_tokens_only(model, tokenizer) -> None:
     assert found["kivi-1"]["nats"][0] != pytest.approx(wanted, abs=1e-3)
 
 
+def test_long_prompts_have_fewer_rounds_and_rounds_may_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(real_text, "_tasks", lambda suite, study, tok, docs, length, number: [(suite, length, number)])
+    monkeypatch.setattr(real_text, "_text", lambda study, tok, docs, length, number: ("text", length, number))
+    study = Study(lengths=(2, 4), needle_lengths=(2, 4, 8), rounds=3)
+    found = list(real_text.batches(study, None, []))  # type: ignore[arg-type]
+    assert [number for suite, length, number in found if (suite, length) == ("longbench_local", 2)] == [0, 1, 2]
+    assert [number for suite, length, number in found if (suite, length) == ("longbench_local", 4)] == [0]
+    assert [(length, number) for suite, length, number in found if suite == "needle"] == [
+        (2, 0), (4, 0), (8, 0), (2, 1), (4, 1), (2, 2),
+    ]  # fmt: skip
+    assert [place[2] for place in found] == sorted(place[2] for place in found)
+    assert Study(rounds=8).digest == Study(lengths=(2048,)).digest != Study(seed=1).digest
+
+
 def result(scores: dict[str, list[float]], **record) -> dict:
     base = {"suite": "needle", "task": "needle", "length": 64, "number": 0, "depths": [0.0, 100.0], **record}
     methods_found = {label: {"scores": values, "device_bytes": 10} for label, values in scores.items()}
