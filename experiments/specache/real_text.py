@@ -41,8 +41,8 @@ class Study:
     Attributes:
         model: Model by name.
         dtype: Of the weights and of everything that is kept in full precision.
-        lengths: Tokens of prompt and answer together, of `longbench_local` and of perplexity; all but the first have one
-            round.
+        lengths: Tokens of prompt and answer together, of `longbench_local` and of perplexity; all but the first have
+            one round.
         needle_lengths: The same for the needle, whose batches are few.
         depths: Where needles lie, in percent.
         rounds: Batches per task at the shortest length, each with other prompts; the needle has as many tokens at each
