@@ -70,3 +70,5 @@ def test_the_map_shows_where_a_window_is_blind(decoder) -> None:
     assert {cell.num_tokens for cell in cells} == {1 + 22 * 8 + 2}
     assert found["window-2", middle] < found["specache-2", middle] - 0.3
     assert found["full", middle] > 0.9
+    # the last chain is inside the window, the first is not
+    assert found["window-2", 100] > found["window-2", 0] + 0.5
