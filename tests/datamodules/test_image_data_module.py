@@ -300,6 +300,18 @@ def test_resumed_training_sees_the_same_batches(stop: int, num_workers: int, tmp
     assert rest == whole[stop:]
 
 
+def test_an_epoch_that_lightning_counts_empty_does_not_change_the_next() -> None:
+    options: dict[str, Any] = {"num_channels": 1, "augment": True, "batch_size": 700}
+    loader = plain("packaged:digits", **options).train_dataloader()
+    list(loader)
+    again = plain("packaged:digits", **options).train_dataloader()
+    again.load_state_dict(loader.state_dict())
+    again.sampler.set_epoch(2)
+    loader.sampler.set_epoch(1)
+    for expected, found in zip(loader, again, strict=True):
+        assert torch.equal(found["pixel_values"], expected["pixel_values"])
+
+
 # what is refused
 
 
