@@ -57,7 +57,8 @@ def test_prepbn_from_training_to_the_fused_model(tmp_path: Path) -> None:
     callbacks = [PRepBNSchedule(), BatchNormRecalibration(passes=1), saving]
     run = trainer(max_epochs=6, callbacks=callbacks, enable_checkpointing=True)
     run.fit(model, data)
-    assert run.callback_metrics["val/accuracy"] > 0.8
+    # chance is 0.1; 0.81 where this was written
+    assert run.callback_metrics["val/accuracy"] > 0.6
     assert not [name for name, _ in model.named_parameters() if "old_norm" in name]
     again = ImageClassificationModule.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True).eval()
     batch = next(iter(data.test_dataloader()))
