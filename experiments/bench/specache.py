@@ -2,7 +2,7 @@
 
 Every cache is prefilled with the same prompt, then all decode turn by turn, one greedy token per sequence and call; the
 prefill is not timed. The model has random weights: times do not depend on them, quality is measured elsewhere. On a GPU
-each cache also runs alone at the largest batch that fits.
+each cache also runs alone at the largest batch that fits. A picture of some steps goes to `runs/bench/specache`.
 """
 
 import copy
@@ -10,6 +10,7 @@ import gc
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +30,10 @@ from ...inference.specache import (
 from .registry import Settings
 from .rows import Row, missing_peer, ratio
 from .specache_parts import part_rows, published_rows
+from .specache_trace import draw_trace, record_steps
 from .timing import Timing, measure, require_same
 
+FOLDER = Path("runs", "bench", "specache")
 PEERS = ("full", "offloaded", "quantized", "kivi", "exact-fetch", "window", "h2o")
 # tokens that there must be room for after the prompt: warm-up and timed steps
 _ROOM = 512
@@ -226,7 +229,18 @@ def _rows(model: Qwen2ForCausalLM, size: Size, context: int, settings: Settings)
         if isinstance(decoding.cache, SpeCache):
             decoding.cache.close()
     running.clear()
+    _picture(case, model, ids, settings.device)
     yield _wait_row(case, model, ids, steps, settings)
+
+
+def _picture(case: str, model: Qwen2ForCausalLM, ids: torch.Tensor, device: str) -> None:
+    decoding = start(model, ids, "specache", prefetch="async")
+    for _ in range(3):
+        decoding.step()
+    spans, begins = record_steps(decoding.step, device=device)
+    assert isinstance(decoding.cache, SpeCache)
+    decoding.cache.close()
+    draw_trace(spans, begins, FOLDER / f"trace {case}.png".replace(" ", "-"), title=f"SpeCache, {case}, {device}")
 
 
 def _byte_rows(

@@ -5,7 +5,8 @@ from tenfold.experiments.bench.specache import CPU_QUICK, PEERS, run
 from tenfold.experiments.bench.specache_parts import PARTS
 
 
-def test_rows_carry_the_published_names_and_bytes_are_the_formula() -> None:
+def test_rows_carry_the_published_names_and_bytes_are_the_formula(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
     rows = list(run(Settings(quick=True)))
     case = f"context={CPU_QUICK.contexts[0]} batch={CPU_QUICK.batch}"
     published, rows = rows[:8], rows[8:]
