@@ -54,7 +54,7 @@ def test_the_full_cache_is_a_forward_pass_over_prompt_and_answer(model, found) -
 
 
 def test_every_cache_is_measured_and_rows_for_all_tokens_lose_nothing(found) -> None:
-    expected = {"full"}
+    expected = {"full", "specache-1-kivi-levels"}
     for bits in (2, 1):
         expected |= {f"{name}-{bits}" for name in ("exact-fetch", "specache", "kivi", "window", "h2o")}
         expected |= {f"kivi-{bits}-centred", *(f"specache-{bits} k={rows}" for rows in (0, 8, 256))}
@@ -67,10 +67,11 @@ def test_every_cache_is_measured_and_rows_for_all_tokens_lose_nothing(found) -> 
             assert found[f"{name}-{bits}"].device_bytes <= ours.device_bytes
             assert found[f"{name}-{bits}"].coverage_ratio is None
     assert set(found) == expected
+    assert found["specache-1-kivi-levels"].divergence != found["specache-1"].divergence
 
 
 def test_what_is_finished_is_not_run_again(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study, told = replace(STUDY, seeds=(5,), rows=()), []
+    study, told = replace(STUDY, seeds=(5,), rows=(), words=False), []
     monkeypatch.setattr(recall, "load_source", lambda *_, **__: Source(model, None))
     first = recall.run_recall(study, tmp_path, told.append)
     (path,) = tmp_path.iterdir()
