@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
@@ -13,7 +12,7 @@ from .documents import Split, split_of
 from .image_mixing import Mixing
 from .image_sources import ImageSet, open_images, select
 from .image_transforms import Augmentation, Normalise, augmented, centred
-from .packing import ResumableDataLoader, ResumableSampler
+from .packing import ResumableSampler, split_loader
 
 
 class EpochSampler(ResumableSampler):
@@ -239,39 +238,21 @@ class ImageDataModule(LightningDataModule):
         )
 
     def _loader(self, split: Split) -> DataLoader[Any] | list[Any]:
-        dataset, train, trainer = self._dataset(split), split == "train", self.trainer
+        dataset, train = self._dataset(split), split == "train"
         if dataset is None:
             return []
-        kind: Any = EpochSampler if train else ResumableSampler
-        sampler = kind(
-            dataset,
-            num_processes=trainer.world_size if trainer is not None else 1,
-            process=trainer.global_rank if trainer is not None else 0,
-            shuffle=train,
-            seed=self.seed,
-        )
-        batch_size = self.batch_size if train else self.eval_batch_size
         assert self.classes is not None
-        mixing = Mixing(mixup=self.mixup, cutmix=self.cutmix, num_classes=len(self.classes), seed=self.seed)
-        options: dict[str, Any] = {
-            "batch_size": batch_size,
-            "sampler": sampler,
-            "collate_fn": mixing,
-            "num_workers": self.num_workers,
-            "drop_last": train and len(sampler) >= batch_size,
-            "pin_memory": trainer is not None and trainer.strategy.root_device.type == "cuda",
-            "persistent_workers": self.num_workers > 0,
-            # a generator of its own: each iterator draws a seed, which would shift the model's random numbers
-            "generator": torch.Generator().manual_seed(self.seed),
-        }
-        if not train:
-            return DataLoader(dataset, **options)
-        identity = {"data": self._splits["train"].digest(), "image_size": self.image_size, "seed": self.seed}
-
-        def progress() -> Any:
-            return None if trainer is None else trainer.fit_loop.epoch_loop.batch_progress
-
-        return ResumableDataLoader(dataset, identity=identity, progress=progress, **options)
+        return split_loader(
+            dataset,
+            train=train,
+            batch_size=self.batch_size if train else self.eval_batch_size,
+            num_workers=self.num_workers,
+            seed=self.seed,
+            trainer=self.trainer,
+            identity={"data": self._splits["train"].digest(), "image_size": self.image_size, "seed": self.seed},
+            collate_fn=Mixing(mixup=self.mixup, cutmix=self.cutmix, num_classes=len(self.classes), seed=self.seed),
+            sampler=EpochSampler,
+        )
 
     def train_dataloader(self) -> Any:
         """Shuffled, augmented and mixed images; the position is saved in checkpoints."""

@@ -208,6 +208,8 @@ def split_loader(
     seed: int,
     trainer: Any,
     identity: dict[str, Any],
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    sampler: "type[ResumableSampler] | None" = None,
 ) -> DataLoader[Any]:
     """The loader of one split: shuffled and resumable for training, in order otherwise, shared out over processes.
 
@@ -219,8 +221,10 @@ def split_loader(
         seed: of the order.
         trainer: Lightning's trainer; None outside one.
         identity: what must be the same for a saved position to make sense.
+        collate_fn: makes a batch; torch's by default.
+        sampler: kind of the training split's sampler; `ResumableSampler` by default.
     """
-    sampler = ResumableSampler(
+    order = (sampler if train and sampler is not None else ResumableSampler)(
         dataset,
         num_processes=trainer.world_size if trainer is not None else 1,
         process=trainer.global_rank if trainer is not None else 0,
@@ -235,9 +239,10 @@ def split_loader(
     return kind(
         dataset,
         batch_size=batch_size,
-        sampler=sampler,
+        sampler=order,
+        collate_fn=collate_fn,
         num_workers=num_workers,
-        drop_last=train and len(sampler) >= batch_size,
+        drop_last=train and len(order) >= batch_size,
         pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
         persistent_workers=num_workers > 0,
         # a generator of its own: each iterator draws a seed, which would shift the model's random numbers

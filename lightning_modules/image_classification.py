@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torchmetrics import SumMetric
 from transformers import AutoModelForImageClassification
 
+from .scheduled_adamw import scheduled_adamw
 from .vision.configuration import VisionConfig
 from .vision.modeling import TABLES, VisionForImageClassification
 from .vision.presets import check_vision_fields, vision_config
@@ -195,23 +196,14 @@ class ImageClassificationModule(LightningModule):
                 table = name.rpartition(".")[2] in TABLES
                 (spared if table or parameter.dim() < 2 else decayed).append(parameter)
         groups = [{"params": decayed, "weight_decay": hparams.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-        # Lightning refuses to clip for a fused optimiser under mixed precision
-        fused = not (self.trainer.gradient_clip_val and "mixed" in str(self.trainer.precision))
-        optimizer = torch.optim.AdamW(
-            groups, lr=hparams.learning_rate, betas=tuple(hparams.betas), eps=hparams.eps, fused=fused
-        )
-        total = hparams.total_steps or self.trainer.estimated_stepping_batches
-        if not math.isfinite(total):
-            raise ValueError("the trainer has no end (max_steps and max_epochs are unset); set one, or total_steps")
-        warmup = round(hparams.warmup_ratio * total)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: cosine_with_linear_warmup(
+        return scheduled_adamw(
+            self,
+            groups,
+            lambda step, warmup, total: cosine_with_linear_warmup(
                 step,
                 warmup_steps=warmup,
-                total_steps=int(total),
+                total_steps=total,
                 first_ratio=hparams.first_learning_rate_ratio,
                 last_ratio=hparams.min_learning_rate_ratio,
             ),
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from .decoder import DecoderConfig, DecoderForCausalLM, decoder_config
 from .decoder.presets import check_fields
+from .scheduled_adamw import scheduled_adamw
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -224,22 +225,13 @@ class CausalLMModule(LightningModule):
         """AdamW with a warm-up and a cosine, stepped once per optimiser step."""
         hparams: Any = self.hparams
         groups = [group for group in self.optimizer_groups() if group["params"]]
-        # Lightning refuses to clip for a fused optimiser under mixed precision
-        fused = not (self.trainer.gradient_clip_val and "mixed" in str(self.trainer.precision))
-        optimizer = torch.optim.AdamW(
-            groups, lr=hparams.learning_rate, betas=tuple(hparams.betas), eps=hparams.eps, fused=fused
-        )
-        total = hparams.total_steps or self.trainer.estimated_stepping_batches
-        if not math.isfinite(total):
-            raise ValueError("the trainer has no end (max_steps and max_epochs are unset); set one, or total_steps")
-        warmup = round(hparams.warmup_ratio * total)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: cosine_with_warmup(
-                step, warmup_steps=warmup, total_steps=int(total), min_ratio=hparams.min_learning_rate_ratio
+        return scheduled_adamw(
+            self,
+            groups,
+            lambda step, warmup, total: cosine_with_warmup(
+                step, warmup_steps=warmup, total_steps=total, min_ratio=hparams.min_learning_rate_ratio
             ),
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def num_parameters(modules: Iterable[nn.Module]) -> int:
