@@ -1,10 +1,11 @@
 """Decoding with MoLE's table in every storage, against dense and MoE decoders; de-duplicated training; table building.
 
-160M shapes with random weights, all in bfloat16: weights, tables and experts. A step feeds one token per sequence after
-a prompt of 32, with ids drawn evenly from the vocabulary, the same for all. `cache=cold` lets the system forget the
-table's (or the experts') file before every step; what a method keeps in its own memory it keeps. `cache=warm` reads
-files that are in the file cache; `storage=direct` never uses it. Rows of the table are checked against their checksums
-when they are first read, within the timed step.
+160M shapes with random weights; weights, tables and experts are all bfloat16, or float32 on a CPU without instructions
+for bfloat16, as each case says. A step feeds one token per sequence after a prompt of 32, with ids drawn evenly from
+the vocabulary, the same for all. `cache=cold` lets the system forget the table's (or the experts') file before every
+step; what a method keeps in its own memory it keeps. `cache=warm` reads files that are in the file cache;
+`storage=direct` never uses it. Rows of the table are checked against their checksums when they are first read, within
+the timed step.
 
 Peer `moe_offloaded` is the faster of two: experts read into an LRU cache of two per layer (as many as the dense model
 has parameters for), with reads for the next layer's likely experts; or used in place through a memory map.
@@ -22,6 +23,7 @@ import torch
 
 from .mole_models import Rival, dense_model, lookup_model, moe_model, offloaded_model, write_random_table
 from .mole_training import building_rows, training_rows
+from .number_formats import dtype_name
 from .registry import Settings
 from .rows import Row, compare, ratio
 from .timing import Timing, require_same, summarise
@@ -45,7 +47,7 @@ def _decoding_rows(size: str, folder: Path, settings: Settings) -> Iterator[Row]
     torch.manual_seed(settings.seed)
     fields = {"vocab_size": 2000} if settings.quick else {}
     dense = dense_model(f"dense-{size}", **fields)
-    write_random_table(folder / "table", dense.config, 4, "bfloat16", seed=settings.seed)
+    write_random_table(folder / "table", dense.config, 4, seed=settings.seed)
     resident = moe_model(f"moe-{size}-10e", folder / "experts", **fields)
     rivals: dict[str, Rival] = {"dense": Rival(dense, None), "moe_resident": Rival(resident, None)}
     for storage in STORAGES:
@@ -71,7 +73,8 @@ def _decoding_rows(size: str, folder: Path, settings: Settings) -> Iterator[Row]
             ("mmap", "cold", cold),
             ("direct", "cold", cold),
         ):
-            case = f"{size}-4e batch={batch} storage={storage}" + (f" cache={state}" if storage != "memory" else "")
+            cache = f" cache={state}" if storage != "memory" else ""
+            case = f"{size}-4e batch={batch} storage={storage}{cache} {dtype_name()}"
             rival_names = ("lru direct",) if storage == "direct" else ("lru mmap", "in place mmap")
             best = min(rival_names, key=lambda name: times[name].median_ms)
             theirs = {**times, "moe_offloaded": times[best]}

@@ -11,6 +11,7 @@ from ...lightning_modules.decoder import DecoderForCausalLM, decoder_config
 from ...lightning_modules.mole.lookup import MoLELookupConfig, MoLELookupForCausalLM
 from ...lightning_modules.mole.offloaded_experts import ExpertCache, offload_experts, write_experts
 from ...lightning_modules.mole.table import MAGIC, VERSION, LookupTable, row_checksums, table_metadata
+from .number_formats import compute_dtype, dtype_name
 
 # rows of a benchmark's table repeat after so many: their content does not matter, their place does
 DIFFERENT_ROWS = 256
@@ -23,10 +24,10 @@ class Rival(NamedTuple):
     source: Any
 
 
-def write_random_table(path: Path, config: Any, num_experts: int, dtype: str, *, seed: int) -> LookupTable:
+def write_random_table(path: Path, config: Any, num_experts: int, *, seed: int) -> LookupTable:
     """A table file of a configuration's size."""
+    element, dtype = compute_dtype(), dtype_name()
     layout = RowLayout.of((config.num_hidden_layers, num_experts, config.hidden_size), dtype=dtype)
-    element = getattr(torch, dtype)
     stride = layout.record_bytes + -layout.record_bytes % 4096
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(DIFFERENT_ROWS, layout.record_bytes // element.itemsize, generator=generator) * 0.02
@@ -53,8 +54,8 @@ def write_random_table(path: Path, config: Any, num_experts: int, dtype: str, *,
 
 
 def dense_model(preset: str, **fields: Any) -> DecoderForCausalLM:
-    """A dense decoder in evaluation mode, in bfloat16."""
-    return DecoderForCausalLM(decoder_config(preset, **fields)).bfloat16().eval()
+    """A dense decoder in evaluation mode."""
+    return DecoderForCausalLM(decoder_config(preset, **fields)).to(compute_dtype()).eval()
 
 
 def lookup_model(dense: DecoderForCausalLM, path: Path, num_experts: int, storage: Any) -> Rival:
@@ -64,7 +65,7 @@ def lookup_model(dense: DecoderForCausalLM, path: Path, num_experts: int, storag
         fields.pop(name, None)
     # the routers are drawn here, and must be the same whatever the storage
     torch.manual_seed(0)
-    model = MoLELookupForCausalLM(MoLELookupConfig(**fields, num_experts=num_experts)).bfloat16()
+    model = MoLELookupForCausalLM(MoLELookupConfig(**fields, num_experts=num_experts)).to(compute_dtype())
     own = {name.replace(".feed_forward.", ".feed_forward.shared."): value for name, value in dense.state_dict().items()}
     model.load_state_dict(own, strict=False, assign=True)
     table = LookupTable.open(path, storage)
@@ -74,7 +75,7 @@ def lookup_model(dense: DecoderForCausalLM, path: Path, num_experts: int, storag
 
 def moe_model(preset: str, path: Path | None, **fields: Any) -> DecoderForCausalLM:
     """A MoE decoder; its experts are also written to a file."""
-    model = DecoderForCausalLM(decoder_config(preset, **fields)).bfloat16().eval()
+    model = DecoderForCausalLM(decoder_config(preset, **fields)).to(compute_dtype()).eval()
     if path is not None:
         write_experts(model, path)
     return model

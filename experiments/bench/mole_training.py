@@ -1,8 +1,9 @@
 """Training steps with experts once per distinct id against once per token, and the speed of building a table.
 
-The training step is forward, backward and a fused AdamW step under bfloat16 autocast, on packed Wikipedia summaries in
-SmolLM2's tokens, with the 160M widths and 4 of the 12 layers: the naive form would not fit into ordinary memory
-otherwise. Dense work (attention, shared expert, output layer, optimiser) is in both.
+The training step is forward, backward and a fused AdamW step, under bfloat16 autocast where the machine computes in
+that (`number_formats.py`), on packed Wikipedia summaries in SmolLM2's tokens, with the 160M widths and 4 of the 12
+layers: the naive form would not fit into ordinary memory otherwise. Dense work (attention, shared expert, output layer,
+optimiser) is in both.
 """
 
 import threading
@@ -15,6 +16,7 @@ import torch
 
 from ...lightning_modules.decoder import DecoderForCausalLM, decoder_config
 from ...lightning_modules.mole.convert import plan_table, write_table
+from .number_formats import dtype_name, fast_bfloat16
 from .registry import Settings
 from .rows import Row, compare, missing_peer
 from .timing import Timing, require_same, summarise
@@ -52,7 +54,7 @@ def training_rows(size: str, settings: Settings) -> Iterator[Row]:
         else {"num_hidden_layers": NUM_LAYERS, "vocab_size": 49152}
     )
     for num_experts, num_tokens in cases:
-        case = f"{num_experts}e tokens={num_tokens} real-text"
+        case = f"{num_experts}e tokens={num_tokens} real-text {dtype_name()}"
         config = decoder_config(f"mole-{size}-{num_experts}e", **fields)
         ids = real_tokens(num_tokens, vocab_size=config.vocab_size, seed=settings.seed)
         if ids is None:
@@ -86,7 +88,7 @@ def _step(model: Any, optimizer: Any, ids: torch.Tensor, how: str, *, keep: bool
     for layer in model.model.layers:
         layer.feed_forward.expert_evaluation = how
     begin = time.perf_counter()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast_bfloat16()):
         loss = model(ids, labels=ids).loss
     loss.backward()
     grad = model.model.layers[0].feed_forward.lookup.experts.up.grad.clone() if keep else None

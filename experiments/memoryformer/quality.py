@@ -32,12 +32,12 @@ class Study:
         num_layers: their layers.
     """
 
-    steps: int = 300
+    steps: int = 120
     batch_size: int = 8
     sequence_length: int = 256
     learning_rate: float = 3e-3
-    vocabulary: int = 4096
-    val_batches: int = 32
+    vocabulary: int = 2048
+    val_batches: int = 16
     hidden_size: int = 128
     num_layers: int = 4
 

@@ -37,13 +37,13 @@ class Study:
         task_documents: first documents of each lm-eval task.
     """
 
-    steps: int = 150
+    steps: int = 100
     batch_size: int = 8
     sequence_length: int = 256
     learning_rate: float = 3e-3
     vocabulary: int = 4096
-    val_batches: int = 16
-    task_documents: int = 100
+    val_batches: int = 8
+    task_documents: int = 60
 
     @property
     def digest(self) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tenfold.experiments.bench import mole, mole_training
+from tenfold.experiments.bench import mole, mole_training, number_formats
 from tenfold.experiments.bench.registry import BENCHES, Settings
 from tenfold.experiments.mole import quality
 
@@ -21,26 +21,28 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def test_decoding_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("fast", "dtype", "num_bytes"), [(True, "bfloat16", 2), (False, "float32", 4)])
+def test_decoding_rows(fast: bool, dtype: str, num_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(number_formats, "fast_bfloat16", lambda: fast)
     rows = list(mole._decoding_rows("tiny", tmp_path, SETTINGS))
     assert {"mole", "mole-quality"} <= set(BENCHES)
     cases = {row.case for row in rows}
     for batch in (1, 8):
         for storage in ("memory", "mmap cache=warm", "mmap cache=cold", "direct cache=cold"):
-            assert f"tiny-4e batch={batch} storage={storage}" in cases
+            assert f"tiny-4e batch={batch} storage={storage} {dtype}" in cases
     for case in cases:
         timed = {row.peer: row for row in rows if row.case == case and row.metric == "decode_ms_per_step"}
         assert set(timed) == {"dense", "moe_resident", "moe_offloaded"}
         assert all(row.value > 0 and row.peer_value > 0 for row in timed.values())
     read = {row.case: row for row in rows if row.metric == "bytes_read_per_step"}
-    # 4 layers, 4 experts, width 128, 16 bits: whole pages, so direct reads take no more
-    one = 4 * 4 * 128 * 2
+    # 4 layers, 4 experts, width 128: whole pages, so direct reads take no more
+    one = 4 * 4 * 128 * num_bytes
     assert one % 4096 == 0
     for case in ("mmap cache=warm", "mmap cache=cold", "direct cache=cold"):
-        row = read[f"tiny-4e batch=1 storage={case}"]
+        row = read[f"tiny-4e batch=1 storage={case} {dtype}"]
         assert row.value == one
         # at least the two experts of one layer
-        assert row.peer_value >= 2 * 2 * 128 * 256 * 2
+        assert row.peer_value >= 2 * 2 * 128 * 256 * num_bytes
 
 
 def test_models_that_differ_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
