@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from ...lightning_modules.memoryformer.layer import MemoryLayer
 from ...lightning_modules.memoryformer.sizes import BlockSizes, check_memory, dense_multiply_adds, table_values
 from .memoryformer_optimizer import rows as optimizer_rows
+from .number_formats import fast_bfloat16
 from .registry import Settings
 from .rows import Row, compare, missing_peer, ratio
 from .timing import copying, measure, require_same
@@ -181,7 +182,7 @@ def _part_rows(part: str, d: int, tokens: tuple[int, ...], settings: Settings) -
     with torch.device(settings.device), torch.no_grad():
         ours = {name: [_make(part, d, name) for _ in range(copies)] for name in ("parameter", "float16", "int8")}
         dense = [_make_dense(part, d) for _ in range(dense_copies)]
-        half = [_make_dense(part, d).bfloat16() for _ in range(2 * dense_copies)]
+        half = [_make_dense(part, d).bfloat16() for _ in range(2 * dense_copies)] if fast_bfloat16() else []
     composed: list[nn.Module] = [_Composed(module) for module in ours["parameter"]]
     peer = "linear" if part == "layer" else "dense"
     for count in tokens:
@@ -193,14 +194,19 @@ def _part_rows(part: str, d: int, tokens: tuple[int, ...], settings: Settings) -
             "float16": _turning(ours["float16"], inputs),
             "int8": _turning(ours["int8"], inputs),
             peer: _turning(dense, inputs),
-            f"{peer}_bfloat16": _turning(half, [x.bfloat16() for x in inputs]),
             "copy": copying(4 * min(count * read, table_numbers), settings.device),
         }
+        reasons = {}
+        if half:
+            calls[f"{peer}_bfloat16"] = _turning(half, [x.bfloat16() for x in inputs])
+        else:
+            reasons[f"{peer}_bfloat16"] = "this CPU has no instructions for bfloat16: torch's products take far longer"
         # the composition holds all rows of all tokens, three times over
         held = 3 * 4 * count * read
-        reason = None if held < 10**9 else f"would hold {held:,} bytes"
+        if held >= 10**9:
+            reasons["torch_composition"] = f"would hold {held:,} bytes"
         with torch.no_grad():
-            if reason is None:
+            if "torch_composition" not in reasons:
                 calls["torch_composition"] = _turning(composed, inputs)
                 _check(case, ours["parameter"][0], composed[0], inputs[0])
             timings = measure(calls, device=settings.device, repeats=settings.repeats, seed=settings.seed, warmup=2)
@@ -208,10 +214,11 @@ def _part_rows(part: str, d: int, tokens: tuple[int, ...], settings: Settings) -
         metric = f"{part}_ms"
         for name in (peer, f"{peer}_bfloat16", "torch_composition"):
             row = compare(case, metric, timings["ours"], peer=name, theirs=timings.get(name), **bound)
-            yield row if name in timings else missing_peer(row, name, reason or "")
+            yield row if name in timings else missing_peer(row, name, reasons[name])
         for name in ("float16", "int8"):
             for other in (peer, f"{peer}_bfloat16"):
-                yield compare(f"{case} tables={name}", metric, timings[name], peer=other, theirs=timings[other])
+                if other in timings:
+                    yield compare(f"{case} tables={name}", metric, timings[name], peer=other, theirs=timings[other])
 
 
 def _check(case: str, ours: nn.Module, composed: nn.Module, x: Tensor) -> None:
