@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def require_asset() -> Callable[[str], Path]:
-    """The folder of a named asset; a test skips where it is missing, and fails where it is a default and `CI` is set."""
+    """The folder of a named asset; a test skips where it is missing, or fails if it is a default and `CI` is set."""
 
     def find(name: str) -> Path:
         from tenfold.datamodules.assets import DEFAULT_ASSETS, find_asset
