@@ -32,13 +32,13 @@ class Study:
         num_layers: their layers.
     """
 
-    steps: int = 120
+    steps: int = 150
     batch_size: int = 8
     sequence_length: int = 256
     learning_rate: float = 3e-3
     vocabulary: int = 2048
     val_batches: int = 16
-    hidden_size: int = 128
+    hidden_size: int = 64
     num_layers: int = 4
 
     @property

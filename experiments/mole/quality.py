@@ -7,7 +7,7 @@ work on one.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from ...lightning_modules.decoder import DecoderForCausalLM, decoder_config
 from ...lightning_modules.language_model import cosine_with_warmup
 from ...lightning_modules.mole.adapter import AdapterConfig, add_lookup_experts
 from ..kept_runs import KeptRuns, settings_digest
+from ..text_scores import task_scores
 
 SEEDS = (0, 1, 2)
-TASKS = ("wikipedia_bits_per_byte", "wikipedia_title_cloze")
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,17 @@ class Study:
         vocabulary: entries of the BPE tokenizer that is trained on the text.
         val_batches: held-out batches behind the loss.
         task_documents: first documents of each lm-eval task.
+        hidden_size: width of the decoders, all else being the presets'.
     """
 
-    steps: int = 100
+    steps: int = 150
     batch_size: int = 8
     sequence_length: int = 256
     learning_rate: float = 3e-3
-    vocabulary: int = 4096
+    vocabulary: int = 2048
     val_batches: int = 8
     task_documents: int = 60
+    hidden_size: int = 64
 
     @property
     def digest(self) -> str:
@@ -51,25 +53,29 @@ class Study:
         return settings_digest(self)
 
 
-QUICK = Study(steps=3, batch_size=2, sequence_length=64, vocabulary=300, val_batches=1, task_documents=4)
+QUICK = Study(
+    steps=3, batch_size=2, sequence_length=64, vocabulary=300, val_batches=1, task_documents=4, hidden_size=32
+)
 
 
-def _build(preset: str, *, adapter: AdapterConfig | None = None, **fields: Any) -> Any:
-    def build(vocab_size: int) -> Any:
-        model = DecoderForCausalLM(decoder_config(preset, vocab_size=vocab_size, **fields))
+def _build(preset: str, *, adapter: AdapterConfig | None = None, widening: int = 1, **fields: Any) -> Any:
+    def build(vocab_size: int, hidden_size: int) -> Any:
+        sizes = {"vocab_size": vocab_size, "hidden_size": hidden_size}
+        model = DecoderForCausalLM(
+            decoder_config(preset, **sizes, intermediate_size=widening * 4 * hidden_size, **fields)
+        )
         if adapter is not None:
-            add_lookup_experts(model, adapter, freeze=False)
+            add_lookup_experts(model, replace(adapter, intermediate_size=4 * hidden_size), freeze=False)
         return model
 
     return build
 
 
-_WIDTH = 4 * 128
 # the first is what the others are compared with
-VARIANTS: dict[str, Callable[[int], Any]] = {
+VARIANTS: dict[str, Callable[[int, int], Any]] = {
     "dense": _build("dense-tiny"),
     # as many multiply-adds per training token as MoLE-4E without de-duplication
-    "dense-5x-wide": _build("dense-tiny", intermediate_size=5 * _WIDTH),
+    "dense-5x-wide": _build("dense-tiny", widening=5),
     "moe-top2": _build("moe-tiny-10e"),
     "moe-all-active": _build("moe-tiny-10e", feed_forward_options={"num_experts": 10, "num_experts_per_token": 10}),
     "mole-4e": _build("mole-tiny-4e"),
@@ -77,8 +83,7 @@ VARIANTS: dict[str, Callable[[int], Any]] = {
     # rows of the size of MoLE-4E's, learned directly
     "token-table-4e": _build("dense-tiny", adapter=AdapterConfig(num_experts=4, values="table")),
     "bigram-4e": _build(
-        "dense-tiny",
-        adapter=AdapterConfig(num_experts=4, intermediate_size=_WIDTH, key="ngram_hash", num_keys=49152, ngram_order=2),
+        "dense-tiny", adapter=AdapterConfig(num_experts=4, key="ngram_hash", num_keys=49152, ngram_order=2)
     ),
 }
 
@@ -116,14 +121,14 @@ def result_of(variant: str, seed: int, study: Study) -> dict[str, Any]:
     data.prepare_data()
     data.setup("fit")
     torch.manual_seed(seed)
-    model = VARIANTS[variant](data.vocab_size).train()
+    model = VARIANTS[variant](data.vocab_size, study.hidden_size).train()
     begin = time.perf_counter()
     train(model, data.train_dataloader(), study)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "train_seconds": round(time.perf_counter() - begin, 1),
         "val_loss": held_out_loss(model.eval(), data.val_dataloader(), study.val_batches),
-        "scores": _scores(model, data, study),
+        "scores": task_scores(model, data, study.task_documents),
     }
 
 
@@ -170,26 +175,3 @@ def held_out_loss(model: Any, batches: Any, num_batches: int) -> float:
         ).item()
         count += int((labels != -100).sum())
     return nats / count
-
-
-def _scores(model: Any, data: Any, study: Study) -> dict[str, dict[str, float]]:
-    """lm-eval's numbers on held-out documents. None of the two tasks has a majority class."""
-    from ...datamodules.assets import cache_dir
-    from ...inference.evals import build_wikipedia_tasks, evaluate_model
-
-    folder = cache_dir() / "tasks" / "wikipedia-summaries"
-    build_wikipedia_tasks(data.documents("test"), folder)
-    results = evaluate_model(
-        model,
-        tasks=list(TASKS),
-        tokenizer=data.tokenizer,
-        limit=study.task_documents,
-        shipped_data_dir=folder,
-        device="cpu",
-        progress="off",
-    )
-    assert results is not None
-    return {
-        task: {name: value for name, value in results["results"][task].items() if isinstance(value, float)}
-        for task in TASKS
-    }

@@ -113,7 +113,7 @@ def test_a_study_keeps_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         tenfold.datamodules, "TextDataModule", lambda **options: made.append(options) or Text(**options)
     )
-    monkeypatch.setattr(quality, "_scores", lambda *_: {})
+    monkeypatch.setattr(quality, "task_scores", lambda *_: {})
     first = quality.run_one("mole-4e", 1, STUDY, tmp_path)
     assert quality.run_one("mole-4e", 1, STUDY, tmp_path) == first
     assert [options["seed"] for options in made] == [1]
@@ -128,7 +128,7 @@ def test_a_study_keeps_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("variant", quality.VARIANTS)
 def test_every_variant_learns(variant: str) -> None:
     torch.manual_seed(0)
-    model = quality.VARIANTS[variant](40).train()
+    model = quality.VARIANTS[variant](40, 64).train()
     batches = Text().train_dataloader()
     before = quality.held_out_loss(model, batches, 2)
     quality.train(model, batches, STUDY)
@@ -136,7 +136,7 @@ def test_every_variant_learns(variant: str) -> None:
 
 
 def test_variants_have_the_sizes_that_they_are_named_for() -> None:
-    count = {name: sum(p.numel() for p in build(4096).parameters()) for name, build in quality.VARIANTS.items()}
+    count = {name: sum(p.numel() for p in build(4096, 128).parameters()) for name, build in quality.VARIANTS.items()}
     layers, d, width, vocabulary = 4, 128, 512, 4096
     experts = layers * (4 * 2 * d * width + 4 * d + d)
     assert count["mole-4e"] - count["dense"] == experts
