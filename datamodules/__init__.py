@@ -1,4 +1,4 @@
-"""What is fed: named assets, text for language models, labelled images. Public names are imported when first used."""
+"""What is fed: named assets, text, labelled images, images with boxes. Public names are imported when first used."""
 
 import lazy_loader
 
@@ -6,9 +6,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "assets": ["cache_dir", "find_asset", "get_asset", "resolve"],
+        "detection": ["CocoDetectionDataModule"],
         "documents": ["split_of"],
         "image": ["ImageDataModule"],
         "retrieval": ["KeyValueRecallDataModule", "recall_prompts"],
+        "stamp_scenes": ["StampScenesDataModule", "build_stamp_scenes"],
         "text": ["TextDataModule"],
     },
 )
