@@ -76,9 +76,13 @@ def linear_attention(
 def _products(query: Tensor, key: Tensor, value: Tensor, eps: float, order: Order) -> Tensor:
     dtype = accumulation_dtype(value)
     q, k, v = query.to(dtype).relu(), key.to(dtype).relu(), value.to(dtype)
-    normaliser = q @ k.sum(-2).unsqueeze(-1) + eps  # (..., N, 1)
-    out = q @ (k.transpose(-1, -2) @ v) if order == "key_value" else (q @ k.transpose(-1, -2)) @ v
-    return (out / normaliser).to(value.dtype)
+    if order == "query_key":
+        normaliser = q @ k.sum(-2).unsqueeze(-1) + eps  # (..., N, 1)
+        return (((q @ k.transpose(-1, -2)) @ v) / normaliser).to(value.dtype)
+    # the normaliser as one more column of the state: queries are read once
+    state = torch.cat([k.transpose(-1, -2) @ v, k.sum(-2).unsqueeze(-1)], dim=-1)  # (..., d, e + 1)
+    out = q @ state
+    return (out[..., :-1] / (out[..., -1:] + eps)).to(value.dtype)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -94,11 +94,12 @@ class SimplifiedLinearAttention(nn.Module):
         """
         batch, heads, num_tokens, width = query.shape
         out = linear_attention(query, key, value, backend=self.backend)
-        flat = value.transpose(-1, -2).reshape(batch * heads, width, -1)  # (B H, d, M)
-        if flat.shape[-1] != num_tokens:
-            flat = F.interpolate(flat, size=num_tokens, mode="linear")
-        local = self.depthwise(flat.unflatten(-1, grid))
-        return out + local.flatten(2).transpose(1, 2).reshape(batch, heads, num_tokens, width).to(out.dtype)
+        values = value.reshape(batch * heads, -1, width)  # (B H, M, d)
+        if values.shape[1] != num_tokens:
+            values = F.interpolate(values.transpose(1, 2), size=num_tokens, mode="linear").transpose(1, 2)
+        # channels last: tokens are laid out so already, in and out
+        local = self.depthwise(values.contiguous().unflatten(1, grid).permute(0, 3, 1, 2))
+        return out + local.permute(0, 2, 3, 1).reshape(batch, heads, num_tokens, width).to(out.dtype)
 
     def _grid_of(self, num_tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
         table = self.positions.shape[1]

@@ -63,21 +63,27 @@ class WindowAttention(nn.Module):
         self.relative_positions = nn.Parameter(torch.zeros((2 * window - 1) ** 2, place.num_heads))
 
     def _bias(self) -> Tensor:
-        """Bias of each pair of places in a window: (H, w^2, w^2)."""
+        """Bias of each pair of places in a window: (1, H, w^2, w^2)."""
         side = torch.arange(self.window, device=self.relative_positions.device)
         place = torch.cartesian_prod(side, side)  # (w^2, 2)
         offset = place[:, None] - place[None, :] + self.window - 1
         index = offset[..., 0] * (2 * self.window - 1) + offset[..., 1]
-        return self.relative_positions[index].permute(2, 0, 1)
+        # with a dimension for windows: the fast paths of attention take no other bias
+        return self.relative_positions[index].permute(2, 0, 1)[None]
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """Map (B, N, C) to (B, N, C)."""
         batch, window = len(x), (self.window, self.window)
         shift = self.window // 2 if self.shifted and min(grid) > self.window else 0
-        qkv, padded = pad_to_multiple(self.qkv(x).unflatten(1, grid), window)
+        divided = all(side % self.window == 0 for side in grid)
+        # without padding, the narrower tensor goes into windows
+        tokens = (x if divided else self.qkv(x)).unflatten(1, grid)
+        tokens, padded = pad_to_multiple(tokens, window)
         if shift:
-            qkv = qkv.roll((-shift, -shift), (1, 2))
-        query, key, value = (split_heads(part, self.num_heads) for part in split(qkv, window).chunk(3, dim=-1))
+            tokens = tokens.roll((-shift, -shift), (1, 2))
+        tokens = split(tokens, window)
+        qkv = self.qkv(tokens) if divided else tokens
+        query, key, value = (split_heads(part, self.num_heads) for part in qkv.chunk(3, dim=-1))
         bias = self._bias().to(query.dtype)
         if shift or padded != grid:
             mask = shift_mask(grid, padded, window, shift, device=x.device)  # (W, w^2, w^2)

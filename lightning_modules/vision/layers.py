@@ -83,7 +83,8 @@ class ConvEmbedding(nn.Module):
             )
         x = self.projection(x)
         grid = (x.shape[-2], x.shape[-1])
-        x = x.flatten(2).transpose(1, 2)
+        # row by row in memory: the layers behind it take over the layout, and are slow with another
+        x = x.flatten(2).transpose(1, 2).contiguous()
         if self.norm is not None:
             x = self.norm(x)
         if self.class_token is not None:
@@ -126,7 +127,9 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
         """Map (B, c, H, W) to tokens (B, N, C), and their rows and columns; an odd side is padded with zeros."""
-        x = F.pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2)).permute(0, 2, 3, 1)
+        if x.shape[-1] % 2 or x.shape[-2] % 2:
+            x = F.pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2))
+        x = x.permute(0, 2, 3, 1)
         # column by column, as in released weights
         x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1)
         return self.reduction(self.norm(x)).flatten(1, 2), (x.shape[1], x.shape[2])
@@ -158,4 +161,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """Map (B, N, C) to (B, N, C)."""
         x = x + self.drop_path(self.attention(self.norm1(x), grid))
-        return x + self.drop_path(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+        return x + self.drop_path(self.fc2(self._hidden(self.norm2(x))))
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(x)
+        if torch.is_grad_enabled() or self.fc1._forward_hooks:
+            return F.gelu(hidden)
+        # nobody else sees it: a second tensor of this size costs more than the activation once it exceeds the caches
+        return torch.ops.aten.gelu_(hidden)

@@ -92,6 +92,16 @@ def test_values_of_a_reduced_map_are_stretched_for_the_convolution():
     torch.testing.assert_close(module.attend(query, key, value, (4, 4)), expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_convolution_reads_tokens_as_they_lie(batch):
+    module, seen = attention((4, 5)), []
+    module.depthwise.register_forward_hook(lambda layer, inputs, output: seen.extend((inputs[0], output)))
+    with torch.no_grad():
+        module.float()(torch.randn(batch, 20, 12))
+    assert [tuple(image.shape) for image in seen] == [(3 * batch, 4, 4, 5)] * 2
+    assert all(image.is_contiguous(memory_format=torch.channels_last) for image in seen)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast_stays_finite_where_sums_of_keys_overflow(dtype):
     module = attention((32, 32), positions="fixed").float()

@@ -7,6 +7,7 @@ import torch
 from tenfold.lightning_modules.vision import VisionBackbone, VisionConfig, VisionForImageClassification, vision_config
 from tenfold.lightning_modules.vision.attention import StripeAttention, WindowAttention
 from tenfold.lightning_modules.vision.slots import AttentionPlace
+from torch.nn import functional as F
 from transformers import (
     AutoBackbone,
     AutoModelForImageClassification,
@@ -471,3 +472,51 @@ def test_drop_path_rises_over_all_blocks() -> None:
     model = VisionForImageClassification(VisionConfig(**SMALL["swin"], drop_path_rate=0.3))
     rates = [block.drop_path.rate for stage in model.stages for block in stage.blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "identity"])
+@pytest.mark.parametrize("name", ["deit-t", "swin-t"])
+def test_tokens_lie_row_by_row_in_memory(name: str, norm: str) -> None:
+    config = vision_config(name, image_size=32, norm=norm, pooling="mean", depths=[1] * len(vision_config(name).depths))
+    model = VisionForImageClassification(config)
+    tokens = []
+    for block in (block for stage in model.stages for block in stage.blocks):
+        block.register_forward_hook(lambda module, inputs, output: tokens.append((inputs[0], output)))
+    model(torch.randn(2, 3, 32, 32))
+    assert len(tokens) == len(config.depths)
+    assert all(x.is_contiguous() for pair in tokens for x in pair)
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (6, 7)], ids=["divided", "padded"])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_window_attention_can_take_the_fast_path(
+    shifted: bool, grid: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = F.scaled_dot_product_attention, []
+
+    def attend(query: torch.Tensor, *rest: torch.Tensor, attn_mask: torch.Tensor) -> torch.Tensor:
+        calls.append((query.shape, attn_mask.shape))
+        return real(query, *rest, attn_mask=attn_mask)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    place = AttentionPlace(pattern="window", dim=6, num_heads=2, grid=(8, 8), size=4, shifted=shifted)
+    WindowAttention(place)(torch.randn(3, grid[0] * grid[1], 6), grid)
+    ((query, mask),) = calls
+    # torch's flash kernel for CPUs takes masks of 2 or 4 dimensions
+    assert query == (12, 2, 16, 3)
+    assert mask == ((12 if shifted or grid == (6, 7) else 1), 2, 16, 16)
+
+
+def test_activation_in_place_is_seen_by_nobody() -> None:
+    torch.manual_seed(0)
+    config = VisionConfig(hidden_sizes=[12], depths=[1], num_heads=[3], image_size=16, patch_size=8)
+    model = VisionForImageClassification(config).eval()
+    x = torch.randn(2, 3, 16, 16)
+    expected, seen = model(x).logits, []
+    with torch.no_grad():
+        torch.testing.assert_close(model(x).logits, expected)
+        block = model.stages[0].blocks[0]
+        block.norm2.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        block.fc1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        model(x)
+        torch.testing.assert_close(seen[1], F.linear(seen[0], block.fc1.weight, block.fc1.bias))
