@@ -56,6 +56,10 @@ BENCHES: dict[str, Bench] = {
     "excp": Bench("excp", "checkpoints of real training runs: ratio and error, speed, blocked time, memory"),
     "excp-downstream": Bench("excp_downstream", "scores of a fine-tuned model before and after its saves were coded"),
     "excp-resume": Bench("excp_resume", "training resumed three times from coded saves: loss and first update"),
+    "slab": Bench(
+        "slab", "fused norms against LayerNorm and RMSNorm, eager and compiled; linear against softmax attention"
+    ),
+    "slab-quality": Bench("slab_quality", "accuracy and bits per byte of PRepBN, RepBN, batch norm and ordinary norms"),
     "specache": Bench("specache", "decoding with SpeCache: device bytes, tokens per second, exposed waits"),
     "specache-quality": Bench(
         "specache_quality", "SpeCache and other caches of its size: recall of symbols, needle, longbench-local"

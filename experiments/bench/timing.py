@@ -60,6 +60,7 @@ def measure(
     repeats: int = 25,
     warmup: int = 3,
     min_sample_ms: float = 2.0,
+    single_calls: bool = False,
     seed: int = 0,
 ) -> dict[str, Timing]:
     """Time callables turn by turn, each round in another random order, so that drift and caches hit all alike.
@@ -70,6 +71,7 @@ def measure(
         repeats: samples per callable.
         warmup: untimed calls of each before.
         min_sample_ms: a sample repeats calls until it lasts about this long.
+        single_calls: a sample is one call, and none is spent to find out how long it takes; for calls of seconds.
         seed: of the order.
 
     Returns:
@@ -79,6 +81,9 @@ def measure(
     for name, call in calls.items():
         for _ in range(warmup):
             call()
+        if single_calls:
+            inner[name] = 1
+            continue
         once = min(_sample_ms(call, 1, device) for _ in range(3))
         inner[name] = max(1, min(1000, round(min_sample_ms / max(once, 1e-6))))
     samples: dict[str, list[float]] = {name: [] for name in calls}
