@@ -9,11 +9,10 @@ Each variant's learning rate is the best of its own three, by the validation tex
 budget; what is reported is the loss on the test text.
 """
 
-import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from ...lightning_modules.mole.adapter import AdapterConfig, add_lookup_experts
 from ..kept_runs import KeptRuns
+from ..text_scores import held_out
 from . import quality
 
 SEEDS = (0, 1, 2)
@@ -279,19 +279,6 @@ def step_multiply_adds(model: Any, batch: dict[str, torch.Tensor]) -> int:
         model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss.backward()
     model.zero_grad()
     return counter.get_total_flops() // 2
-
-
-@torch.no_grad()
-def held_out(model: Any, batches: Iterable[dict[str, torch.Tensor]], num_batches: int) -> dict[str, float]:
-    """Next-token loss in nats, and bits per byte of text, over the first batches."""
-    nats, num_tokens, num_bytes = 0.0, 0, 0
-    for _, batch in zip(range(num_batches), batches, strict=False):
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
-        labels = batch["labels"][:, 1:]
-        nats += nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
-        num_tokens += int((labels != -100).sum())
-        num_bytes += int(batch["num_bytes"].sum())
-    return {"loss": nats / num_tokens, "bits_per_byte": nats / math.log(2) / num_bytes}
 
 
 def _table_losses(model: Any, data: Any, study: Study, folder: Path) -> dict[str, dict[str, float]]:
