@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "memoryformer.module": ["MemoryFormerLightning"],
         "mole": ["MoLEForCausalLM", "MoLELookupConfig", "MoLELookupForCausalLM"],
         "mole.module": ["MoLELightning"],
+        "object_detection": ["ObjectDetectionModule"],
         "slab": [
             "FusedDecoderForCausalLM",
             "FusedLlamaForCausalLM",
@@ -30,6 +31,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "follow_attention_mask",
             "fuse_norms",
             "fused_classifier",
+            "fused_detector",
             "fused_model",
             "progressive_norm",
             "register_plan",

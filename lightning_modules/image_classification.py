@@ -1,7 +1,6 @@
 """Training of an image classifier: cross-entropy with soft labels, accuracy, optimiser and schedule. Wiring only."""
 
 import json
-import math
 from typing import Any
 
 import torch
@@ -11,25 +10,10 @@ from torch.nn import functional as F
 from torchmetrics import SumMetric
 from transformers import AutoModelForImageClassification
 
-from .scheduled_adamw import scheduled_adamw
+from .scheduled_adamw import cosine_with_linear_warmup, scheduled_adamw
 from .vision.configuration import VisionConfig
 from .vision.modeling import TABLES, VisionForImageClassification
 from .vision.presets import check_vision_fields, vision_config
-
-
-def cosine_with_linear_warmup(
-    step: int, *, warmup_steps: int, total_steps: int, first_ratio: float, last_ratio: float
-) -> float:
-    """Share of the peak learning rate: linear from `first_ratio`, then a cosine to `last_ratio` at `total_steps`.
-
-    >>> ratios = {"first_ratio": 0.1, "last_ratio": 0.0}
-    >>> [cosine_with_linear_warmup(s, warmup_steps=2, total_steps=6, **ratios) for s in (0, 1, 2, 4, 6, 9)]
-    [0.1, 0.55, 1.0, 0.5, 0.0, 0.0]
-    """
-    if step < warmup_steps:
-        return first_ratio + (1 - first_ratio) * step / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return last_ratio + (1 - last_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class ImageClassificationModule(LightningModule):

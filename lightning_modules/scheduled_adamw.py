@@ -8,6 +8,21 @@ import torch
 from lightning.pytorch import LightningModule
 
 
+def cosine_with_linear_warmup(
+    step: int, *, warmup_steps: int, total_steps: int, first_ratio: float, last_ratio: float
+) -> float:
+    """Share of the peak learning rate: linear from `first_ratio`, then a cosine to `last_ratio` at `total_steps`.
+
+    >>> ratios = {"first_ratio": 0.1, "last_ratio": 0.0}
+    >>> [cosine_with_linear_warmup(s, warmup_steps=2, total_steps=6, **ratios) for s in (0, 1, 2, 4, 6, 9)]
+    [0.1, 0.55, 1.0, 0.5, 0.0, 0.0]
+    """
+    if step < warmup_steps:
+        return first_ratio + (1 - first_ratio) * step / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return last_ratio + (1 - last_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 def scheduled_adamw(
     module: LightningModule, groups: list[dict[str, Any]], factor: Callable[[int, int, int], float]
 ) -> dict[str, Any]:

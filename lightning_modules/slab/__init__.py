@@ -13,7 +13,7 @@ from .llama import PRepBNLlamaConfig, PRepBNLlamaForCausalLM
 from .masks import follow_attention_mask, set_token_mask
 from .norms import ProgressiveNorm, RepBatchNorm
 from .replace import progressive_norm, replace_norms
-from .vision_convert import fused_classifier
+from .vision_convert import fused_classifier, fused_detector
 
 __all__ = [
     "ChannelAffine",
@@ -28,6 +28,7 @@ __all__ = [
     "follow_attention_mask",
     "fuse_norms",
     "fused_classifier",
+    "fused_detector",
     "fused_model",
     "progressive_norm",
     "register_plan",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..vision.attention import Grid, StripeAttention, join_heads, reduced, split_heads
 from ..vision.slots import ATTENTIONS, NORMS, AttentionPlace, build_norm
 from .attention import Positions, SimplifiedLinearAttention
+from .fusion import ChannelAffine
 from .norms import ProgressiveNorm, RepBatchNorm
 
 # of the batch norms in the released vision code, whatever the old norm's is
@@ -35,6 +36,12 @@ def _repbn(config: Any, size: int, *, momentum: float | None = 0.1) -> nn.Module
 def _batchnorm(config: Any, size: int, *, momentum: float | None = 0.1) -> nn.Module:
     """A plain batch norm over tokens, for comparison."""
     return RepBatchNorm(size, eps=EPS, momentum=momentum, eta=0.0, learn_eta=False)
+
+
+@NORMS.register("affine")
+def _affine(config: Any, size: int) -> nn.Module:
+    """What is left of a norm of a map in the fused form."""
+    return ChannelAffine(size)
 
 
 class ReducedLinearAttention(SimplifiedLinearAttention):

@@ -31,6 +31,7 @@ class VisionConfig(BackboneConfigMixin, PreTrainedConfig):
         norm: name of a norm slot: layernorm, prepbn, repbn, batchnorm; identity in the fused form.
         norm_options: options of the slot's builder.
         norm_eps: of LayerNorm.
+        map_norm: name of another norm slot for the maps of a backbone; `affine` in the fused form.
         attention: name of an attention slot, softmax or simplified_linear; a list names one per stage.
         attention_options: options of the builders other than `softmax`'s.
         positions: `fixed` takes images of `image_size` only where there are absolute tables; `interpolated` resizes
@@ -63,6 +64,7 @@ class VisionConfig(BackboneConfigMixin, PreTrainedConfig):
     norm: str = "layernorm"
     norm_options: dict[str, Any] | None = None
     norm_eps: float = 1e-6
+    map_norm: str | None = None
     attention: str | list[str] = "softmax"
     attention_options: dict[str, Any] | None = None
     positions: str = "fixed"
@@ -111,6 +113,8 @@ class VisionConfig(BackboneConfigMixin, PreTrainedConfig):
             if size % heads:
                 raise ValueError(f"hidden size {size} is not a multiple of its {heads} heads; change one of them")
         NORMS.check(self.norm)
+        if self.map_norm is not None:
+            NORMS.check(self.map_norm)
         for name in self.attention:
             ATTENTIONS.check(name)
 

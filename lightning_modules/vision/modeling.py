@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 
 from .configuration import VisionConfig
 from .layers import Block, ConvEmbedding, PatchMerging
-from .slots import AttentionPlace, Pattern, build_norm
+from .slots import NORMS, AttentionPlace, Pattern, build_norm
 
 PATTERNS: dict[str, Pattern] = {"deit": "global", "swin": "window", "pvt": "reduced", "cswin": "stripe"}
 # learned parameters that no layer multiplies with
@@ -184,9 +184,13 @@ class VisionBackbone(BackboneMixin, VisionPreTrainedModel):
             raise ValueError("out_features: the stem has no map; use stage1 and so on")
         self.stages = nn.ModuleList(Stage(config, index) for index in range(last))
         self.norms = nn.ModuleDict(
-            {name: build_norm(config, sizes[int(name.removeprefix("stage")) - 1]) for name in self.out_features}
+            {name: self._map_norm(config, sizes[int(name.removeprefix("stage")) - 1]) for name in self.out_features}
         )
         self.post_init()
+
+    @staticmethod
+    def _map_norm(config: Any, size: int) -> nn.Module:
+        return build_norm(config, size) if config.map_norm is None else NORMS.build(config.map_norm, config, size)
 
     def forward(
         self,
