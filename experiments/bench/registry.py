@@ -60,6 +60,9 @@ BENCHES: dict[str, Bench] = {
         "slab", "fused norms against LayerNorm and RMSNorm, eager and compiled; linear against softmax attention"
     ),
     "slab-quality": Bench("slab_quality", "accuracy and bits per byte of PRepBN, RepBN, batch norm and ordinary norms"),
+    "slab-detection": Bench(
+        "slab_detection", "average precision of detectors with LayerNorm, PRepBN and fused PRepBN on the same scenes"
+    ),
     "specache": Bench("specache", "decoding with SpeCache: device bytes, tokens per second, exposed waits"),
     "specache-quality": Bench(
         "specache_quality", "SpeCache and other caches of its size: recall of symbols, needle, longbench-local"
