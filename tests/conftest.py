@@ -19,6 +19,8 @@ for _name, _value in {
     "WANDB_SILENT": "true",
 }.items():
     os.environ[_name] = _value
+# one path whatever the machine's cache holds; tests/kernels/test_native_kernels.py builds the other and compares
+os.environ.setdefault("TENFOLD_CPU_KERNELS", "off")
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _workers > 1:
     # the workers share the cores, and so do the processes that tests start

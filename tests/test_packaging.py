@@ -256,6 +256,7 @@ def test_the_wheel_holds_code_and_data(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     missing = {f"tenfold/{path.relative_to(ROOT)}" for path in sources()} - names
     data = [*(ROOT / "experiments").glob("*/*.yaml"), *(ROOT / "inference" / "evals" / "tasks").rglob("*.yaml")]
+    data += [*(ROOT / "kernels").rglob("*.cpp"), *(ROOT / "kernels").rglob("*.h")]
     missing |= {f"tenfold/{path.relative_to(ROOT)}" for path in data} - names
     assert missing == set()
     assert {name.split("/")[0] for name in names} == {

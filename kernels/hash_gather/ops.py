@@ -1,19 +1,22 @@
 """The public ops: they check their arguments, pick a path and define the gradients."""
 
+import ctypes
 import math
 from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from ..native_build import cpu_kernels
 from ..weighted_gather import weighted_gather
-from . import cpu_hash_gather
+from . import cpu_hash_gather, native_hash_gather
 from .int8_rows import SCALE_BYTES, dequantise_rows
 from .reference import MAX_BITS, Weighting, bucket_weights, hash_gather_reference, num_tables, sign_codes, split
 from .sparse_gradient import sparse_table_gradient, weighted_gather_sparse_grad
 
 Backend = Literal["triton", "cpu", "reference"]
+_Found = TypeVar("_Found")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -95,6 +98,9 @@ def hash_gather(
         out = hash_gather_reference(flat, table, num_bits, weighting, temperature)
     elif chosen == "triton":
         out = _FusedHashGather.apply(flat, table, num_bits, weighting, temperature, sparse_grad)
+    elif (library := _native(flat, table)) is not None:
+        found = native_hash_gather.gather(library, flat, table, table.shape[1], num_bits, weighting, temperature)
+        out = _finite(found, flat)
     else:
         rows, weights = _hash(flat, num_bits, weighting, temperature)
         needs_grad = torch.is_grad_enabled() and (table.requires_grad or weights.requires_grad)
@@ -147,6 +153,10 @@ def hash_gather_int8(
         from . import triton_hash_gather
 
         out = triton_hash_gather.forward_int8(flat, records, num_bits, weighting, temperature)
+    elif chosen == "cpu" and (library := _native(flat, records)) is not None:
+        num_cols = records.shape[1] - SCALE_BYTES
+        found = native_hash_gather.gather(library, flat, records, num_cols, num_bits, weighting, temperature)
+        out = _finite(found, flat)
     else:
         rows, weights = _hash(flat, num_bits, weighting, temperature)
         if chosen == "cpu":
@@ -175,10 +185,31 @@ def _refuse_nan(weights: Tensor, x: Tensor) -> None:
         return
     bad = int((~torch.isfinite(x)).sum())
     if bad:
-        raise ValueError(
-            f"{bad} of {x.numel()} activations are NaN or infinite and have no bucket; the training diverged or the "
-            f"input is damaged (lower the learning rate, clip gradients)"
-        )
+        raise ValueError(_not_finite(bad, x))
+
+
+def _not_finite(bad: int, x: Tensor) -> str:
+    return (
+        f"{bad} of {x.numel()} activations are NaN or infinite and have no bucket; the training diverged or the "
+        f"input is damaged (lower the learning rate, clip gradients)"
+    )
+
+
+def _native(x: Tensor, table: Tensor | None = None) -> ctypes.CDLL | None:
+    """The C++ kernels where they are built and can do this: no gradient, sums in float32, no compiler that traces."""
+    if torch.compiler.is_compiling() or x.dtype == torch.float64:
+        return None
+    if table is not None and (table.dtype == torch.float64 or (torch.is_grad_enabled() and table.requires_grad)):
+        return None
+    if torch.is_grad_enabled() and x.requires_grad:
+        return None
+    return cpu_kernels()
+
+
+def _finite(found: _Found | None, x: Tensor) -> _Found:
+    if found is None:
+        raise ValueError(_not_finite(int((~torch.isfinite(x)).sum()), x))
+    return found
 
 
 def _pick(backend: Backend | None, x: Tensor) -> Backend:
@@ -205,6 +236,8 @@ def _pick(backend: Backend | None, x: Tensor) -> Backend:
 
 
 def _hash(x: Tensor, num_bits: int, weighting: Weighting, temperature: float) -> tuple[Tensor, Tensor]:
+    if x.device.type == "cpu" and x.dim() == 2 and (library := _native(x)) is not None:
+        return _finite(native_hash_gather.sign_hash(library, x, num_bits, weighting, temperature), x)
     needs_grad = torch.is_grad_enabled() and x.requires_grad
     if x.device.type == "cpu" and x.dim() == 2 and not needs_grad and not torch.compiler.is_compiling():
         rows, weights = cpu_hash_gather.hash_rows(x, num_bits, weighting, temperature)

@@ -1,10 +1,12 @@
-"""CPU path: `embedding_bag`'s vectorised kernels, fed so that forward and both gradients stream the table once.
+"""CPU path: C++ where it has been built, else `embedding_bag`'s vectorised kernels, fed so that the table streams once.
 
 README.md says what else was measured and why this won.
 """
 
 import torch
 
+from ..native_build import cpu_kernels
+from . import native_weighted_gather
 from .segments import Segments, check_range
 
 # values gathered at a time where a gradient needs float32 copies of 16-bit rows: 4 MiB, inside a core's cache
@@ -104,6 +106,12 @@ def forward(table: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, *
     num_tokens, num_terms = weights.shape
     if num_tokens == 0 or num_terms == 0:
         return table.new_zeros(num_tokens, table.shape[-1])
+    if (library := cpu_kernels()) is not None:
+        out = native_weighted_gather.forward(library, table, indices, weights, grouped=grouped)
+        if out is None:
+            check_range(indices, table.shape[0], "ids" if grouped else "indices")
+            raise AssertionError("the kernel refused indices that are in range")
+        return out
     try:
         if weights.dtype == table.dtype and table.dtype.itemsize > 2:
             # products instead of bags: for a few tokens the number of calls is the cost
@@ -132,6 +140,10 @@ def grad_table(
     num_tokens, num_terms = weights.shape
     if num_tokens == 0 or num_terms == 0:
         return torch.zeros(table.shape, dtype=table.dtype, device="cpu")
+    if (library := cpu_kernels()) is not None:
+        return native_weighted_gather.grad_table(
+            library, grad, table, weights, segments.order, segments.offsets, grouped=grouped
+        )
     positions, offsets = segments.by_row(num_terms if grouped else 1)
     tokens = positions if num_terms == 1 else positions.div(num_terms, rounding_mode="floor")
     factors = weights.reshape(-1).index_select(0, positions)
@@ -146,6 +158,8 @@ def grad_weights(
     num_cols = table.shape[-1]
     if num_tokens == 0 or num_terms == 0:
         return torch.zeros(weights.shape, dtype=weights.dtype, device="cpu")
+    if (library := cpu_kernels()) is not None:
+        return native_weighted_gather.grad_weights(library, grad, table, indices, weights, grouped=grouped)
     rows, terms = _rows_and_terms(table, indices, num_terms, grouped=grouped)
     if weights.dtype == table.dtype or table.dtype.itemsize > 2:
         bags = _bag_starts(num_tokens, 1).unsqueeze(1).expand(weights.shape).reshape(-1).contiguous()

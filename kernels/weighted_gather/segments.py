@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..native_build import cpu_kernels
+from . import native_weighted_gather
+
 _MIN_SPLIT_TERMS = 64
 _MAX_SPLIT_TERMS = 512
 
@@ -113,6 +116,10 @@ def sort_segments(ids: torch.Tensor, num_groups: int) -> Segments:
     """
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"ids must be integers, got {ids.dtype}; convert them with .long()")
+    if ids.device.type == "cpu" and (library := cpu_kernels()) is not None:
+        found = native_weighted_gather.sort(library, ids.long(), num_groups)
+        if found is not None:
+            return Segments(*found)
     check_range(ids, num_groups, "ids")
     values, order = ids.reshape(-1).long().sort(stable=True)
     groups = torch.arange(num_groups + 1, device=ids.device)
