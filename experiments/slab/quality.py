@@ -49,13 +49,13 @@ class Study:
         pretrained_test_batches: held-out batches behind its bits per byte.
     """
 
-    image_steps: int = 300
+    image_steps: int = 200
     image_batch_size: int = 64
     image_learning_rate: float = 2e-3
     image_width: int = 64
     image_layers: int = 3
     test_fraction: float = 0.2
-    text_steps: int = 150
+    text_steps: int = 100
     text_batch_size: int = 8
     sequence_length: int = 256
     text_learning_rate: float = 3e-3
