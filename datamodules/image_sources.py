@@ -258,7 +258,7 @@ class _ArrayReader:
 
 def _packaged(name: str) -> ImageSet:
     if name != "digits":
-        raise ValueError(f"{PACKAGED}{name} is not known; there is packaged:digits")
+        raise ValueError(f"{PACKAGED}{name} is not known; there is packaged:digits; assets are asset:mnist-5k, ...")
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
