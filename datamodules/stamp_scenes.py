@@ -81,7 +81,7 @@ def build_stamp_scenes(
         stamps: pictures with transparency in class folders, or another source of `open_images`.
         settings: number and look of the scenes.
         photographs: a folder of photographs; scikit-learn's two (640 x 427) by default.
-        folder: where to write; a folder in the cache named after settings and stamps by default.
+        folder: where to write; a folder in the cache named after settings, names of stamps and photographs by default.
 
     Raises:
         ValueError: unknown classes, a split without stamps of a class, photographs that are too small, or a folder
@@ -185,13 +185,18 @@ def _photographs(folder: str | None, size: int) -> list[tuple[str, np.ndarray]]:
     if not found:
         raise ValueError(f"{folder} has no photographs ({', '.join(EXTENSIONS)})")
     for name, pixels in found:
-        narrowest = min(int(pixels.shape[1] * (end - start)) for start, end in STRIPS.values())
+        narrowest = min(end - start for start, end in (_columns(pixels, strip) for strip in STRIPS.values()))
         if min(narrowest, pixels.shape[0]) < size:
             raise ValueError(
                 f"{name} has {pixels.shape[1]} x {pixels.shape[0]} pixels; a fifth of its width and its height must "
                 f"be at least the scene's {size}"
             )
     return found
+
+
+def _columns(pixels: np.ndarray, strip: tuple[float, float]) -> tuple[int, int]:
+    """First column of a strip, and the first one behind it."""
+    return round(pixels.shape[1] * strip[0]), round(pixels.shape[1] * strip[1])
 
 
 def _write_split(
@@ -286,8 +291,8 @@ def _background(
     from PIL import Image
 
     _, pixels = photographs[int(rng.integers(len(photographs)))]
-    width = pixels.shape[1]
-    part = pixels[:, int(width * strip[0]) : int(width * strip[1])]
+    start, end = _columns(pixels, strip)
+    part = pixels[:, start:end]
     side = int(rng.integers(size, min(part.shape[:2]) + 1))
     top, left = (int(rng.integers(length - side + 1)) for length in part.shape[:2])
     crop = Image.fromarray(part[top : top + side, left : left + side])

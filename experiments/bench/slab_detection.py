@@ -1,6 +1,7 @@
 """Average precision of small detectors with LayerNorm, PRepBN and fused PRepBN in the backbone: three seeds.
 
 `experiments/slab/detection.py` trains them. Runs are kept in `runs/slab-detection`; what is there is not trained again.
+Some test scenes with their boxes go into `runs/slab-detection/slab-detection-scenes.png`.
 """
 
 from collections.abc import Iterator
@@ -8,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..kept_runs import mean_and_spread
-from ..slab.detection import QUICK, SEEDS, VARIANTS, Study, runs
+from ..slab.detection import QUICK, SEEDS, VARIANTS, Study, data_of, runs
+from ..slab.scene_picture import draw_scenes
 from .registry import Settings
 from .rows import Row, ratio
 
@@ -21,6 +23,7 @@ def run(settings: Settings) -> Iterator[Row]:
     study = QUICK if settings.quick else Study()
     seeds = SEEDS[:1] if settings.quick else SEEDS
     results = runs(study, FOLDER).all(VARIANTS, seeds)
+    draw_scenes(data_of(study, 0).folder(), FOLDER / "slab-detection-scenes.png")
     first = VARIANTS[0]
     shown: dict[str, list[dict[str, Any]]] = {**results, "prepbn-fused": [run["fused"] for run in results["prepbn"]]}
     for name, found in shown.items():
