@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         default="plain",
         help="plain: config.json, safetensors and tokenizer; lookup: MoLE's experts as a table on disk; memory: "
         "MemoryFormer's tables as 8-bit rows, or as they are with --dtype float16; fused: SLAB's norms folded into the "
-        "linear layers",
+        "linear layers; image classifiers have plain and fused",
     )
     parser.add_argument("--tokenizer", help="tokenizer folder, hub id or asset:NAME; the model's own by default")
     parser.add_argument(
@@ -101,7 +101,9 @@ def main(argv: list[str]) -> int:
     # a folder that is taken should be told before the model is loaded
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise ValueError(f"--output {args.output} exists; name a new folder or remove it")
-    source = load_source(args.model, dtype="stored")
+    source = load_source(args.model, dtype="stored", images=True)
+    if source.is_image_classifier:
+        return _export_classifier(source.model, args)
     # a model of symbols that are no text has none
     textless = args.form in ("plain", "fused") and source.tokenizer is None and args.tokenizer is None
     tokenizer = None if textless else source_tokenizer(source, args.tokenizer)
@@ -133,6 +135,35 @@ def main(argv: list[str]) -> int:
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
     print(f"written: {args.output}" + (" (no tokenizer is known; --tokenizer adds one)" if textless else ""))
+    return 0
+
+
+def _export_classifier(model: Any, args: argparse.Namespace) -> int:
+    """Write an image classifier, plain or fused.
+
+    Raises:
+        ValueError: an option or a form for language models; see `export_fused_classifier`.
+    """
+    import torch
+
+    from ...lightning_modules.mole.convert import new_folder
+    from ...lightning_modules.slab.vision_export import export_fused_classifier
+
+    if args.form not in ("plain", "fused"):
+        raise ValueError(
+            f"--form {args.form} is for language models, {args.model} is an image classifier; use plain or fused"
+        )
+    for option, given in {"--tokenizer": args.tokenizer is not None, "--untie-head": args.untie_head}.items():
+        if given:
+            raise ValueError(f"{option} is for language models, {args.model} is an image classifier; leave it out")
+    with new_folder(args.output) as folder:
+        if args.form == "fused":
+            report = export_fused_classifier(model, folder)
+            print(f"{report['norms']} of {report['norms']} norms folded into linear layers")
+            print(f"logits on random images differ by {report['max_abs_logit_diff']:.2e} at most")
+        else:
+            (model if args.dtype is None else model.to(getattr(torch, args.dtype))).save_pretrained(folder)
+    print(f"written: {args.output}")
     return 0
 
 

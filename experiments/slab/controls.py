@@ -39,7 +39,8 @@ class Watch(pl.Callback):
         if not math.isfinite(float(outputs["loss"])):
             raise Diverged(trainer.global_step)
         if trainer.global_step == trainer.max_steps:
-            self.trained = copy.deepcopy(pl_module.model).eval()
+            network: Any = pl_module.model
+            self.trained = copy.deepcopy(network).eval()
 
 
 def train(module: Any, data: Any, study: Any, *, steps: int, clip: float) -> dict[str, Any]:

@@ -40,8 +40,21 @@ def pick_dtype(dtype: Dtype, device: torch.device) -> "torch.dtype | Literal['au
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
+def is_image_classifier(config: Any) -> bool:
+    """Whether transformers knows an image classifier, and no language model, for a configuration."""
+    kind = type(config)
+    return (
+        kind in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+        and kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+
+
 def load_model(
-    source: str | os.PathLike[str], *, dtype: Dtype = "auto", device: torch.device | str = "cpu"
+    source: str | os.PathLike[str],
+    *,
+    dtype: Dtype = "auto",
+    device: torch.device | str = "cpu",
+    images: bool = False,
 ) -> "PreTrainedModel":
     """Load a causal (or encoder-decoder) language model through transformers' Auto classes.
 
@@ -52,10 +65,11 @@ def load_model(
         source: A model folder or a hub id.
         dtype: dtype of the weights; see `pick_dtype`.
         device: Where the model goes.
+        images: Take image classifiers as well.
 
     Raises:
         FileNotFoundError: There is no such folder, or no such hub model within reach.
-        ValueError: The folder is not a model that can be loaded whole, or needs code of its own.
+        ValueError: The folder is not a model that can be loaded whole, needs code of its own, or is of another kind.
     """
     name, local = _locate(source)
     if local and not Path(name, "config.json").is_file():
@@ -70,6 +84,10 @@ def load_model(
     device = torch.device(device)
     if config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         auto_class: Any = transformers.AutoModelForSeq2SeqLM
+    elif is_image_classifier(config):
+        if not images:
+            raise ValueError(f"{name} is an image classifier; a language model is needed here")
+        auto_class = transformers.AutoModelForImageClassification
     else:
         auto_class = transformers.AutoModelForCausalLM
     try:
