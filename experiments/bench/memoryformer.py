@@ -7,6 +7,7 @@ attention projections and a feed-forward of 4 d with GELU (no norms before it, n
 Calls go through copies of the weights, so many that the dense ones together exceed the last-level cache, as the layers
 of a model do; tables exceed it anyway. Inputs change from call to call, or rows would stay in the cache. Peers compute
 something else (a dense layer) or, for `torch_composition`, the same: that one is compared with ours before it is timed.
+On the CPU ours runs on the C++ kernels, which are built first where they can be; `torch_path` is ours without them.
 
 Training steps of tables: `memoryformer_optimizer.py`.
 """
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...kernels.native_build import cpu_kernels, without_cpu_kernels
 from ...lightning_modules.memoryformer.layer import MemoryLayer
 from ...lightning_modules.memoryformer.sizes import BlockSizes, check_memory, dense_multiply_adds, table_values
 from .memoryformer_optimizer import rows as optimizer_rows
+from .native import build_for
 from .number_formats import fast_bfloat16
 from .registry import Settings
 from .rows import Row, compare, missing_peer, ratio
@@ -38,6 +41,7 @@ INPUTS = 16
 
 def run(settings: Settings) -> Iterator[Row]:
     """Rows for every width, number of tokens, part and peer."""
+    yield from build_for(settings)
     widths, tokens = ((1024,), (1, 8, 64)) if settings.quick else (WIDTHS, TOKENS)
     for d in widths:
         for part in ("layer", "projections", "block"):
@@ -168,6 +172,14 @@ def _turning(modules: list[nn.Module], inputs: list[Tensor]) -> Callable[[], Any
     return call
 
 
+def _without_kernels(call: Callable[[], Any]) -> Callable[[], Any]:
+    def torch_path() -> Any:
+        with without_cpu_kernels():
+            return call()
+
+    return torch_path
+
+
 def _part_rows(part: str, d: int, tokens: tuple[int, ...], settings: Settings) -> Iterator[Row]:
     torch.manual_seed(settings.seed)
     table_numbers, dense_numbers, read = _values(part, d)
@@ -201,6 +213,10 @@ def _part_rows(part: str, d: int, tokens: tuple[int, ...], settings: Settings) -
             calls[f"{peer}_bfloat16"] = _turning(half, [x.bfloat16() for x in inputs])
         else:
             reasons[f"{peer}_bfloat16"] = "this CPU has no instructions for bfloat16: torch's products take far longer"
+        peers = [peer, f"{peer}_bfloat16", "torch_composition"]
+        if settings.device == "cpu" and cpu_kernels() is not None:
+            calls["torch_path"] = _without_kernels(_turning(ours["parameter"], inputs))
+            peers.append("torch_path")
         # the composition holds all rows of all tokens, three times over
         held = 3 * 4 * count * read
         if held >= 10**9:
@@ -212,11 +228,11 @@ def _part_rows(part: str, d: int, tokens: tuple[int, ...], settings: Settings) -
             timings = measure(calls, device=settings.device, repeats=settings.repeats, seed=settings.seed, warmup=2)
         bound: dict[str, Any] = {"bound": BOUND, "bound_value": timings["copy"].median_ms}
         metric = f"{part}_ms"
-        for name in (peer, f"{peer}_bfloat16", "torch_composition"):
+        for name in peers:
             row = compare(case, metric, timings["ours"], peer=name, theirs=timings.get(name), **bound)
             yield row if name in timings else missing_peer(row, name, reasons[name])
         for name in ("float16", "int8"):
-            for other in (peer, f"{peer}_bfloat16"):
+            for other in (*peers[:2], "torch_composition"):
                 if other in timings:
                     yield compare(f"{case} tables={name}", metric, timings[name], peer=other, theirs=timings[other])
 

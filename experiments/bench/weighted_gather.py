@@ -4,6 +4,8 @@ All start from the same inputs: row numbers, or for groups the ids, from which `
 Weights have the table's dtype, which that peer insists on. Backward times one `autograd.grad` for
 table and weights over a graph that is kept; ours includes its sort. The bound is a plain copy of the bytes that must
 move at least: every used row once, outputs and gradients once.
+
+On the CPU ours runs on the C++ kernels, which are built first where they can be; `torch_path` is ours without them.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
+from ...kernels.native_build import cpu_kernels, without_cpu_kernels
 from ...kernels.weighted_gather import weighted_gather, weighted_gather_groups
+from .native import build_for
 from .registry import Settings
 from .rows import Row, compare, missing_peer
 from .timing import copying, measure, require_same
@@ -105,7 +109,9 @@ def make_ops(inputs: Inputs, shape: Shape) -> dict[str, Op]:
     def compiled_gather(table: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return compiled(as_groups(table), weights, inputs.ids)
 
-    return {"ours": ours, "embedding_bag": embedding_bag, "gather_sum": gathered, "compiled": compiled_gather}
+    ops = {"ours": ours, "embedding_bag": embedding_bag, "gather_sum": gathered, "compiled": compiled_gather}
+    native = inputs.table.device.type == "cpu" and cpu_kernels() is not None
+    return ops | ({"torch_path": ours} if native else {})
 
 
 def least_bytes(inputs: Inputs, metric: str) -> int:
@@ -119,11 +125,23 @@ def least_bytes(inputs: Inputs, metric: str) -> int:
 def _calls(ops: dict[str, Op], inputs: Inputs, metric: str) -> dict[str, Callable[[], Any]]:
     """Functions without arguments that do the timed work and return its results."""
     if metric == "forward_ms":
-        return {name: partial(_forward, op, inputs) for name, op in ops.items()}
+        return _without_kernels({name: partial(_forward, op, inputs) for name, op in ops.items()})
     calls: dict[str, Callable[[], Any]] = {}
     for name, op in ops.items():
         leaves = inputs.table.detach().requires_grad_(), inputs.weights.detach().requires_grad_()
         calls[name] = partial(torch.autograd.grad, op(*leaves), leaves, inputs.grad, retain_graph=True)
+    return _without_kernels(calls)
+
+
+def _without_kernels(calls: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
+    """The same calls, that of `torch_path` without the C++ kernels."""
+    if (inner := calls.get("torch_path")) is not None:
+
+        def torch_path() -> Any:
+            with without_cpu_kernels():
+                return inner()
+
+        calls["torch_path"] = torch_path
     return calls
 
 
@@ -149,6 +167,7 @@ def run(settings: Settings) -> Iterator[Row]:
     """Rows for every shape, dtype, metric and peer."""
     import torch._functorch.config
 
+    yield from build_for(settings)
     dtypes = [torch.float32] if settings.quick else [torch.float32, torch.bfloat16]
     shapes = [TRAINING[0], DECODING[0]] if settings.quick else TRAINING + DECODING
     # a kept graph may be walked again, so its buffers may not be reused by the compiled backward
@@ -173,7 +192,7 @@ def _rows(shape: Shape, dtype: torch.dtype, settings: Settings) -> Iterator[Row]
             calls["copy"] = copying(least_bytes(inputs, metric), settings.device)
             timings = measure(calls, device=settings.device, repeats=settings.repeats, seed=settings.seed)
         bound = timings["copy"].median_ms
-        for peer in ("embedding_bag", "gather_sum", "compiled"):
+        for peer in ("embedding_bag", "gather_sum", "compiled", *(("torch_path",) if "torch_path" in ops else ())):
             row = compare(
                 case, metric, timings["ours"], peer=peer, theirs=timings.get(peer), bound=BOUND, bound_value=bound
             )

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -56,6 +58,18 @@ def forget() -> None:
     """Look for built kernels again at the next call, as `build_cpu_kernels` does after a build."""
     global _looked, _library
     _looked, _library = False, None
+
+
+@contextmanager
+def without_cpu_kernels() -> Iterator[None]:
+    """Run the torch paths inside this block (all threads of the process), to compare with them."""
+    global _looked, _library
+    before = _looked, _library
+    _looked, _library = True, None
+    try:
+        yield
+    finally:
+        _looked, _library = before
 
 
 def build_cpu_kernels() -> Path:
