@@ -55,9 +55,9 @@ def image_rows(settings: Settings) -> Iterator[Row]:
 def make(name: str, norm: str, settings: Settings, **fields: Any) -> VisionForImageClassification:
     """A classifier with random weights; the same for the same fields."""
     torch.manual_seed(settings.seed)
-    model = VisionForImageClassification(vision_config(MODELS[name], norm=norm, **fields))
+    model: Any = VisionForImageClassification(vision_config(MODELS[name], norm=norm, **fields))
     settle(model, settings.seed)
-    return model.to(settings.device, dtype_of(settings)).eval()  # type: ignore[call-arg]
+    return model.to(settings.device, dtype_of(settings)).eval()
 
 
 def logits(model: Callable[..., Any], x: Tensor) -> Callable[[], Tensor]:

@@ -90,7 +90,7 @@ def prefill(model: Callable[..., Any], ids: Tensor) -> Callable[[], Tensor]:
 def decoding_step(model: Any, batch: int, settings: Settings, *, compiled: bool = False) -> Callable[[], Tensor]:
     """Logits of one token per sequence after a prompt, always the same."""
     ids = _ids(model, (batch, PROMPT_TOKENS + 1), settings)
-    cache = StaticCache(model.config, max_cache_len=2 * PROMPT_TOKENS)
+    cache: Any = StaticCache(model.config, max_cache_len=2 * PROMPT_TOKENS)
     model(ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
     run: Any = torch.compile(model, dynamic=False) if compiled else model
     token, place = ids[:, -1:], torch.full((batch, 1), PROMPT_TOKENS, device=ids.device)
