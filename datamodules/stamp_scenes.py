@@ -207,7 +207,8 @@ def _write_split(
     photographs: Sequence[tuple[str, np.ndarray]],
     settings: SceneSettings,
 ) -> None:
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     (root / split).mkdir()
     (root / "annotations").mkdir(exist_ok=True)
     for index in range(getattr(settings, split)):

@@ -149,9 +149,10 @@ def load_backbone_weights(detector: nn.Module, folder: str | Path) -> None:
         ValueError: the folder's stages are others.
     """
     backbone = backbone_of(detector)
-    source, report = VisionBackbone.from_pretrained(
+    loaded: Any = VisionBackbone.from_pretrained(
         folder, config=backbone.config, dtype=torch.float32, output_loading_info=True
     )
+    source, report = loaded
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("norms."))
     other = [*missing, *(str(key) for key in report["mismatched_keys"])]
     if other:

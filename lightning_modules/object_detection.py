@@ -161,7 +161,8 @@ class ObjectDetectionModule(LightningModule):
             raise ValueError(
                 "freeze_batch_norms keeps statistics that BatchNormRecalibration would replace; leave one of them out"
             )
-        blending = [part for part in self.modules() if hasattr(part, "blend_state") and part.blend_state()[0] > 0]
+        blends: list[Any] = [part for part in self.modules() if hasattr(part, "blend_state")]
+        blending = [part for part in blends if part.blend_state()[0] > 0]
         if blending:
             raise ValueError(
                 f"freeze_batch_norms, and {len(blending)} norms still in the blend: their batch norms were never "
@@ -178,13 +179,24 @@ class ObjectDetectionModule(LightningModule):
         Args:
             batch: of `CocoDetectionDataModule`.
             with_loss: hand over the labels.
+
+        Raises:
+            ValueError: boxes that are no finite numbers.
         """
         labels = None
         if with_loss:
             labels = [{name: label[name] for name in ("class_labels", "boxes", "size")} for label in batch["labels"]]
             if not self.kind.reads_mask:
                 labels = in_padded_frame(labels, batch["pixel_values"].shape[-2:])
-        return self.model(pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"], labels=labels)
+        try:
+            return self.model(pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"], labels=labels)
+        except ValueError as error:
+            # what transformers' and SciPy's matching of boxes say of nan
+            if not any(words in str(error) for words in ("(corner) format", "invalid numeric entries")):
+                raise
+            raise ValueError(
+                "the detector's boxes are no finite numbers: the training diverged; lower the learning rate"
+            ) from error
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch."""
