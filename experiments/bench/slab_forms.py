@@ -16,6 +16,8 @@ from .timing import Timing, require_same
 
 Call = Callable[[], Any]
 NO_COMPILER = "--quick leaves the compiler out"
+# it takes about a minute for a model and a shape
+ONE_BATCH = "compiled at a batch of 1 alone"
 MATMUL_SIDE = 1024
 MATMUL_BOUND = f"its multiply-adds at the rate of a product of {MATMUL_SIDE} x {MATMUL_SIDE} matrices"
 # relative, of logits
@@ -94,10 +96,10 @@ class Forms:
             require_same(self.case, name, [call()], [self.calls[same_as]()], self.limit)
         self.calls[name] = call
 
-    def add_compiled(self, name: str, call: Call, *, same_as: str, settings: Settings) -> None:
+    def add_compiled(self, name: str, call: Call | None, *, same_as: str, settings: Settings) -> None:
         """The same for a call that the compiler may refuse: torch.compile needs a C++ compiler on CPUs."""
-        if settings.quick:
-            self.reasons[name] = NO_COMPILER
+        if settings.quick or call is None:
+            self.reasons[name] = NO_COMPILER if settings.quick else ONE_BATCH
             return
         try:
             call()

@@ -83,8 +83,9 @@ def _rows(name: str, setting: Setting, settings: Settings) -> Iterator[Row]:
     del forms.calls["slab_unfused"]
     for kind, model in (("layernorm", plain), ("fused", fused), ("slab", slab)):
         eager = "layernorm_eager" if kind == "layernorm" else kind
-        compiled = torch.compile(model, dynamic=False)
-        forms.add_compiled(f"{kind}_compiled", logits(compiled, x), same_as=eager, settings=settings)
+        chosen = setting.batch == 1 or kind != "slab"
+        compiled = logits(torch.compile(model, dynamic=False), x) if chosen else None
+        forms.add_compiled(f"{kind}_compiled", compiled, same_as=eager, settings=settings)
     counts = {form: operations(forms.calls[form]) for form in ("fused", "slab")}
     calls = {**forms.calls, "norms": norms_alone(plain, x), "matmul": matmul(settings)}
     timings = measure(

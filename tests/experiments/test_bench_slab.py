@@ -98,16 +98,23 @@ def test_a_missing_compiler_gives_rows_with_the_reason(small_models: None, monke
         return call
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    setting = slab_images.Setting(2, 1, single_calls=True)
+    setting = slab_images.Setting(1, 1, single_calls=True)
     rows = list(slab_images._rows("deit_t", setting, dataclasses.replace(QUICK, quick=False)))
     found = [row for row in rows if row.reason is not None]
     assert {row.reason for row in found} == {"does not run here: no C++ compiler"}
     assert [(row.case, row.peer) for row in found] == [
-        ("deit_t batch=2", "layernorm_compiled"),
-        ("deit_t batch=2 compiled", None),
-        ("deit_t batch=2 attention=simplified_linear", "layernorm_compiled"),
-        ("deit_t batch=2 attention=simplified_linear compiled", None),
+        ("deit_t batch=1", "layernorm_compiled"),
+        ("deit_t batch=1 compiled", None),
+        ("deit_t batch=1 attention=simplified_linear", "layernorm_compiled"),
+        ("deit_t batch=1 attention=simplified_linear compiled", None),
     ]
+
+
+def test_shapes_that_are_not_compiled_say_so() -> None:
+    forms = Forms("c", 1e-4)
+    forms.add_compiled("slab_compiled", None, same_as="slab", settings=dataclasses.replace(QUICK, quick=False))
+    (row,) = forms.rows("c compiled", "latency_ms", "slab_compiled", ("layernorm_eager",), {})
+    assert (row.peer, row.reason) == (None, "compiled at a batch of 1 alone")
 
 
 def test_compiled_stands_against_compiled_and_rates_are_per_second() -> None:
