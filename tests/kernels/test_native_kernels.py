@@ -275,7 +275,7 @@ def expected_hash(x, num_bits, weighting, temperature):
 HASHES = [
     (1, 24, 8, 40), (1, 1030, 10, 130), (3, 20, 8, 70), (5, 35, 3, 16), (2, 7, 1, 5), (1, 5, 5, 1), (9, 26, 12, 17),
     # wide enough for a hash on several threads
-    (1, 8200, 2, 40), (2, 8201, 2, 70),
+    (1, 4100, 4, 40), (2, 4099, 4, 70),
 ]  # fmt: skip
 
 
