@@ -55,7 +55,8 @@ def write_random_table(path: Path, config: Any, num_experts: int, *, seed: int) 
 
 def dense_model(preset: str, **fields: Any) -> DecoderForCausalLM:
     """A dense decoder in evaluation mode."""
-    return DecoderForCausalLM(decoder_config(preset, **fields)).to(compute_dtype()).eval()
+    model: Any = DecoderForCausalLM(decoder_config(preset, **fields))
+    return model.to(compute_dtype()).eval()
 
 
 def lookup_model(dense: DecoderForCausalLM, path: Path, num_experts: int, storage: Any) -> Rival:
@@ -65,7 +66,8 @@ def lookup_model(dense: DecoderForCausalLM, path: Path, num_experts: int, storag
         fields.pop(name, None)
     # the routers are drawn here, and must be the same whatever the storage
     torch.manual_seed(0)
-    model = MoLELookupForCausalLM(MoLELookupConfig(**fields, num_experts=num_experts)).to(compute_dtype())
+    model: Any = MoLELookupForCausalLM(MoLELookupConfig(**fields, num_experts=num_experts))
+    model.to(compute_dtype())
     own = {name.replace(".feed_forward.", ".feed_forward.shared."): value for name, value in dense.state_dict().items()}
     model.load_state_dict(own, strict=False, assign=True)
     table = LookupTable.open(path, storage)
@@ -75,7 +77,8 @@ def lookup_model(dense: DecoderForCausalLM, path: Path, num_experts: int, storag
 
 def moe_model(preset: str, path: Path | None, **fields: Any) -> DecoderForCausalLM:
     """A MoE decoder; its experts are also written to a file."""
-    model = DecoderForCausalLM(decoder_config(preset, **fields)).to(compute_dtype()).eval()
+    model: Any = DecoderForCausalLM(decoder_config(preset, **fields))
+    model.to(compute_dtype()).eval()
     if path is not None:
         write_experts(model, path)
     return model
