@@ -42,6 +42,7 @@ COMMANDS: dict[str, Command] = {
     "generate": Command("commands.generate", "continue a prompt with a trained model"),
     "evaluate": Command("commands.evaluate", "score a model through lm-eval"),
     "checkpoint": Command("commands.checkpoint", "inspect, verify, expand or compress checkpoints"),
+    "kernels": Command("commands.kernels", "build the C++ CPU kernels, or say which path runs"),
     "bench": Command("commands.bench", "measure speed and memory against peers"),
     "report": Command("commands.report", "turn results into one self-contained page"),
     "plan": Command("commands.plan", "estimate memory, time and bytes of a configuration on given hardware"),

@@ -109,9 +109,15 @@ def make_ops(inputs: Inputs, shape: Shape) -> dict[str, Op]:
     def compiled_gather(table: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return compiled(as_groups(table), weights, inputs.ids)
 
-    ops = {"ours": ours, "embedding_bag": embedding_bag, "gather_sum": gathered, "compiled": compiled_gather}
-    native = inputs.table.device.type == "cpu" and cpu_kernels() is not None
-    return ops | ({"torch_path": ours} if native else {})
+    ops: dict[str, Op] = {
+        "ours": ours,
+        "embedding_bag": embedding_bag,
+        "gather_sum": gathered,
+        "compiled": compiled_gather,
+    }
+    if inputs.table.device.type == "cpu" and cpu_kernels() is not None:
+        ops["torch_path"] = ours
+    return ops
 
 
 def least_bytes(inputs: Inputs, metric: str) -> int:
