@@ -73,6 +73,11 @@ class RepBatchNorm(nn.Module):
         initialization.constant_(bn.weight, scale)
         initialization.constant_(bn.bias, shift)
         initialization.constant_(self.eta, eta)
+        if bn.running_mean is not None:
+            # a folder without this norm leaves them as they lie in memory
+            initialization.zeros_(bn.running_mean)
+            initialization.ones_(bn.running_var)
+            initialization.zeros_(bn.num_batches_tracked)
 
     @property
     def num_features(self) -> int:

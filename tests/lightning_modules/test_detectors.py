@@ -128,6 +128,21 @@ def test_a_classifier_lends_its_stages(tmp_path: Any) -> None:
         load_backbone_weights(other, tmp_path)
 
 
+def test_norms_that_the_folder_lacks_start_fresh(tmp_path: Any) -> None:
+    """Statistics too: what a classifier lends has no norms of maps."""
+    fields = {**BACKBONE, "norm": "prepbn", "norm_options": {"old_norm": None}}
+    VisionForImageClassification(VisionConfig(**fields)).save_pretrained(tmp_path)
+    model = small_detector("rt-detr", norm="prepbn", norm_options={"old_norm": None})
+    norms = backbone_of(model).norms
+    with torch.no_grad():
+        for value in norms.state_dict().values():
+            value.fill_(7)
+    load_backbone_weights(model, tmp_path)
+    for name, value in norms.state_dict().items():
+        fresh = 1.0 if name.endswith(("bn.weight", "running_var", "eta")) else 0.0
+        assert value.unique().tolist() == [fresh], name
+
+
 def test_bad_names_and_fields() -> None:
     with pytest.raises(ValueError, match="unknown detector 'rtdetr'; nearest: rt-detr"):
         detector_kind("rtdetr")
