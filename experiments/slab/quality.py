@@ -94,7 +94,7 @@ QUICK = Study(
     task_documents=4,
     recalibration_passes=2,
     recalibration_batches=2,
-    pretrained_steps=2,
+    pretrained_steps=3,
     pretrained_batch_size=1,
     pretrained_test_batches=1,
 )
