@@ -177,8 +177,8 @@ def test_a_box_may_stick_out_by_rounding(tmp_path: Path) -> None:
 
 
 def test_bad_files(coco: Path) -> None:
+    (coco / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no instances_train\*\.json"):
-        (coco / "empty").mkdir()
         module(coco / "empty")
     with pytest.raises(FileNotFoundError, match="is no folder"):
         module(coco / "nowhere")
