@@ -75,7 +75,7 @@ def torch_composition(x: Tensor, table: Tensor, bias: Tensor, num_bits: int) -> 
     z = x.unflatten(-1, (-1, num_bits))  # (T, K, tau)
     powers = 2 ** torch.arange(num_bits - 1, -1, -1, device=x.device)
     codes = ((z >= 0).long() * powers).sum(-1)
-    weights = torch.sigmoid(2 * z.abs()).prod(-1) * z.abs().sum(-1)
+    weights = torch.sigmoid(2 * z.abs()).prod(-1)
     rows = table.view(z.shape[1], 1 << num_bits, -1)[torch.arange(z.shape[1], device=x.device), codes]  # (T, K, H)
     return (rows * weights.unsqueeze(-1)).sum(1) + bias
 

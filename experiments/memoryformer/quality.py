@@ -50,8 +50,11 @@ class Study:
 QUICK = Study(steps=3, batch_size=2, sequence_length=32, vocabulary=300, val_batches=1, hidden_size=32, num_layers=1)
 
 
-def memory_fields(num_bits: int = 8, extra_bits: int = 2, norm: str = "layernorm", **options: Any) -> dict[str, Any]:
-    """Fields of a MemoryFormer of the study's size."""
+def memory_fields(
+    num_bits: int = 8, extra_bits: int = 2, norm: str = "layernorm", weighting: str = "l1"
+) -> dict[str, Any]:
+    """Fields of a MemoryFormer of the study's size; weighted as in the released code unless told otherwise."""
+    options = {"weighting": weighting}
     return {
         "preset": "memoryformer-tiny",
         "norm": norm,

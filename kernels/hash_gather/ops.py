@@ -21,7 +21,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def sign_hash(
-    x: Tensor, num_bits: int, *, weighting: Weighting = "l1", temperature: float = 1.0
+    x: Tensor, num_bits: int, *, weighting: Weighting = "paper", temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Hash sub-vectors by their signs: the row of each and its weight, with closed-form gradients for the weight.
 
@@ -52,7 +52,7 @@ def hash_gather(
     table: Tensor,
     num_bits: int,
     *,
-    weighting: Weighting = "l1",
+    weighting: Weighting = "paper",
     temperature: float = 1.0,
     backend: Backend | None = None,
     sparse_grad: bool = False,
@@ -94,7 +94,7 @@ def hash_gather(
     if chosen == "reference":
         if sparse_grad:
             raise ValueError("backend 'reference' gives dense gradients; leave sparse_grad out, or use another backend")
-        _refuse_nan(bucket_weights(*split(flat, num_bits), weighting, temperature), flat)
+        _refuse_nan(flat)
         out = hash_gather_reference(flat, table, num_bits, weighting, temperature)
     elif chosen == "triton":
         out = _FusedHashGather.apply(flat, table, num_bits, weighting, temperature, sparse_grad)
@@ -118,7 +118,7 @@ def hash_gather_int8(
     records: Tensor,
     num_bits: int,
     *,
-    weighting: Weighting = "l1",
+    weighting: Weighting = "paper",
     temperature: float = 1.0,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -179,9 +179,10 @@ def _check(x: Tensor, num_bits: int, weighting: str, temperature: float) -> None
         raise ValueError(f"x must be (..., d) floating point with d of at least 1, got {tuple(x.shape)} {x.dtype}")
 
 
-def _refuse_nan(weights: Tensor, x: Tensor) -> None:
+def _refuse_nan(x: Tensor) -> None:
     """On the CPU, as with indices; on a GPU it would wait for the device, and the weights carry NaN to the output."""
-    if weights.device.type != "cpu" or torch.compiler.is_compiling() or math.isfinite(weights.detach().sum()):
+    # infinity has a finite weight in `paper`, so that the activations are looked at
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or math.isfinite(x.detach().sum(dtype=torch.float32)):
         return
     bad = int((~torch.isfinite(x)).sum())
     if bad:
@@ -241,7 +242,7 @@ def _hash(x: Tensor, num_bits: int, weighting: Weighting, temperature: float) ->
     needs_grad = torch.is_grad_enabled() and x.requires_grad
     if x.device.type == "cpu" and x.dim() == 2 and not needs_grad and not torch.compiler.is_compiling():
         rows, weights = cpu_hash_gather.hash_rows(x, num_bits, weighting, temperature)
-        _refuse_nan(weights, x)
+        _refuse_nan(x)
         return rows, weights
     z, padding = split(x, num_bits)
     rows = sign_codes(z.detach())
@@ -250,7 +251,7 @@ def _hash(x: Tensor, num_bits: int, weighting: Weighting, temperature: float) ->
         weights = _BucketWeights.apply(z, padding, weighting, temperature)
     else:
         weights = bucket_weights(z, padding, weighting, temperature)
-    _refuse_nan(weights, x)
+    _refuse_nan(x)
     return rows, weights
 
 

@@ -56,7 +56,7 @@ def bucket_weights(z: Tensor, padding: int, weighting: Weighting, temperature: f
 
 
 def hash_gather_reference(
-    x: Tensor, table: Tensor, num_bits: int, weighting: Weighting = "l1", temperature: float = 1.0
+    x: Tensor, table: Tensor, num_bits: int, weighting: Weighting = "paper", temperature: float = 1.0
 ) -> Tensor:
     """Sum over sub-vectors of their bucket's row times their weight: (T, d) and (K * 2^num_bits, H) to (T, H)."""
     z, padding = split(x, num_bits)

@@ -26,16 +26,16 @@ BIAS_STD = 0.001
 class MemoryLayer(nn.Module):
     """`y = sum_k w_k T_k[code_k] + bias`: sub-vectors of the input choose and weigh one row of a table each.
 
-    Usable wherever `nn.Linear(in_features, out_features)` is. Source: arXiv 2411.12992, section 2.2. deviation: the
-    default weighting is that of the released code, see `sign_hash`. Where a value crosses zero the output jumps; the
-    input's gradient flows through the weights only.
+    Usable wherever `nn.Linear(in_features, out_features)` is. Source: arXiv 2411.12992, section 2.2; the released
+    code weights otherwise, see `sign_hash`. Where a value crosses zero the output jumps; the input's gradient flows
+    through the weights only.
 
     Args:
         in_features: width of the input, d.
         out_features: width of the output, h.
         bias: add a learned vector; the released code always does.
         num_bits: values per sub-vector, tau; there are K = ceil(d / tau) tables of 2^tau rows.
-        weighting: `l1` (released code) or `paper`.
+        weighting: `paper`, or `l1` (released code; worse in `experiments/memoryformer`, Quality).
         temperature: t of the weights.
         remainder: what becomes of a width that tau does not divide: `pad` makes the last sub-vector shorter (its table
             keeps 2^tau rows, of which 2^(d mod tau) can be reached), `refuse` raises.
@@ -60,7 +60,7 @@ class MemoryLayer(nn.Module):
         bias: bool = True,
         *,
         num_bits: int = 8,
-        weighting: Weighting = "l1",
+        weighting: Weighting = "paper",
         temperature: float = 1.0,
         remainder: Remainder = "pad",
         table_format: TableFormat = "parameter",

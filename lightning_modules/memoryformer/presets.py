@@ -24,9 +24,9 @@ for _name, _fields in MEMORY_SIZES.items():
         **_fields,
         norm="layernorm",
         projection="memory",
-        projection_options={"num_bits": 8},
+        projection_options={"num_bits": 8, "weighting": "paper"},
         feed_forward="memory",
-        feed_forward_options={"num_bits": 8, "extra_bits": 2},
+        feed_forward_options={"num_bits": 8, "extra_bits": 2, "weighting": "paper"},
         rope_parameters={"partial_rotary_factor": 0.25},
     )
 

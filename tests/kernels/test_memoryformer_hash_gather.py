@@ -20,7 +20,7 @@ WEIGHTINGS = ("paper", "l1")
 BACKENDS = ("reference", "cpu", "triton")
 
 
-def brute_force(x, num_bits, weighting="l1", temperature=1.0):
+def brute_force(x, num_bits, weighting="paper", temperature=1.0):
     """Rows and weights of one token by loops; the weight is the largest of a softmax over all sign patterns."""
     rows, weights = [], []
     for k, chunk in enumerate(x.double().split(num_bits)):
@@ -36,7 +36,7 @@ def brute_force(x, num_bits, weighting="l1", temperature=1.0):
     return torch.tensor(rows), torch.stack(weights)
 
 
-def one_hot_product(x, table, num_bits, weighting="l1", temperature=1.0):
+def one_hot_product(x, table, num_bits, weighting="paper", temperature=1.0):
     """(T, R) matrix of weights at the rows' places, times the table, in float64."""
     matrix = torch.zeros(len(x), len(table), dtype=torch.float64)
     for t, token in enumerate(x):

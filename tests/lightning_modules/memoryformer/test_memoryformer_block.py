@@ -60,7 +60,7 @@ def rotate(x, config):
 
 def reference_logits(model, ids):
     config, weights = model.config, dict(model.named_parameters())
-    d, width, weighting = config.hidden_size, config.head_dim, config.options("projection").get("weighting", "l1")
+    d, width, weighting = config.hidden_size, config.head_dim, config.options("projection").get("weighting", "paper")
 
     def norm(x, name):
         return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], config.norm_eps)

@@ -52,10 +52,10 @@ def test_equals_the_formula_and_fits_where_linear_does(in_features, out_features
         assert parameter.grad.abs().max() > 0
 
 
-def test_the_default_is_the_released_weighting_and_the_initialisation_the_released_one():
+def test_the_default_is_the_papers_weighting_and_the_initialisation_the_released_one():
     torch.manual_seed(0)
     layer = MemoryLayer(64, 256)
-    assert (layer.weighting, layer.temperature, layer.num_bits, layer.num_tables) == ("l1", 1.0, 8, 8)
+    assert (layer.weighting, layer.temperature, layer.num_bits, layer.num_tables) == ("paper", 1.0, 8, 8)
     assert layer.table.std().item() == pytest.approx(0.02, rel=0.01)
     assert layer.bias.std().item() == pytest.approx(0.001, rel=0.2)
     assert layer.table.shape == (8 * 256, 256)
