@@ -301,14 +301,14 @@ def test_hash_and_gather_equal_a_one_hot_product(native, threads, shape, dtype):
     table = torch.randn(-(-width // bits) << bits, columns, generator=generator)
     rows, weights = expected_hash(x, bits, "l1", 1.5)
     if dtype == "int8":
-        out = hash_gather_int8(x, quantise_rows(table), bits, temperature=1.5)
+        out = hash_gather_int8(x, quantise_rows(table), bits, weighting="l1", temperature=1.5)
         # 8-bit codes written out again from their definition
         low, high = table.double().aminmax(dim=1, keepdim=True)
         scale = ((high - low) / 255).clamp_min(1e-300)
         table, tolerance = ((table.double() - low) / scale).round() * scale + low, 1e-4
     else:
         table = table.to(dtype)
-        out = hash_gather(x, table, bits, temperature=1.5)
+        out = hash_gather(x, table, bits, weighting="l1", temperature=1.5)
         assert out.dtype == dtype
         tolerance = {FLOAT32: 3e-6}.get(dtype, TOLERANCE[dtype])
     one_hot = torch.zeros(tokens, len(table), dtype=FLOAT64).scatter_add(1, rows, weights)
@@ -317,7 +317,7 @@ def test_hash_and_gather_equal_a_one_hot_product(native, threads, shape, dtype):
 
 def test_large_and_small_values_neither_overflow_nor_lose_their_weight(native):
     x = torch.tensor([[6e4, -6e4, 1e-8, -1e-8], [-3e38, 1e-38, 0.0, -0.0]])
-    rows, weights = sign_hash(x, 2)
+    rows, weights = sign_hash(x, 2, weighting="l1")
     assert rows.tolist() == [[2, 5 + 1], [1, 4 + 3]]
     torch.testing.assert_close(weights, torch.tensor([[1.2e5, 0.5e-8], [1.5e38, 0.0]]))
     assert torch.equal(
