@@ -88,7 +88,9 @@ def test_tied_embeddings_are_one_parameter_before_and_after_saving(
     tied.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    assert torch.equal(loaded(token_ids(2, 7)).logits, tied(token_ids(2, 7)).logits)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in tied.state_dict().items())
+    # weights at other addresses may be summed in another order
+    torch.testing.assert_close(loaded(token_ids(2, 7)).logits, tied(token_ids(2, 7)).logits)
     # a step on one is a step on the other
     loaded(token_ids(2, 7)).logits.sum().backward()
     torch.optim.SGD(loaded.parameters(), lr=0.1).step()
@@ -124,7 +126,8 @@ def test_save_and_load(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is DecoderForCausalLM
     assert loaded.dtype == dtype
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
 def test_named_class_takes_its_own_configurations_only(small_config: Callable[..., DecoderConfig]) -> None:
