@@ -84,7 +84,7 @@ void gather(const T* table, int64_t stride_row, const int64_t* rows, const float
     const Parts parts(num_tokens, num_cols, num_threads, sizeof(T));
     share(num_tokens * parts.count, num_threads, [&](int64_t begin, int64_t end) {
         std::vector<const T*> at(num_terms + SIDE_BY_SIDE);
-        std::vector<float> sums(num_cols), factors(RECORDS ? num_terms : 0), offsets(factors.size());
+        std::vector<float> sums(sums_room(num_cols)), factors(RECORDS ? num_terms : 0), offsets(factors.size());
         for (int64_t task = begin; task < end; task++) {
             const int64_t token = task / parts.count, from = task % parts.count * parts.width;
             const int64_t* mine = rows + token * num_terms;

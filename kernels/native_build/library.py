@@ -25,7 +25,7 @@ _KERNELS = Path(__file__).resolve().parents[1]
 
 _INT, _POINTER, _REAL = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
 _ARGUMENTS = {
-    "tenfold_gather": [_INT, *[_POINTER] * 4, *[_INT] * 8],
+    "tenfold_gather": [_INT, *[_POINTER] * 2, _INT, *[_POINTER] * 2, *[_INT] * 8],
     "tenfold_gather_grad_weights": [_INT, *[_POINTER] * 4, *[_INT] * 8],
     "tenfold_gather_grad_table": [_INT, *[_POINTER] * 4, _INT, _POINTER, *[_INT] * 5],
     "tenfold_sort": [_POINTER, _INT, _INT, _POINTER, _POINTER],

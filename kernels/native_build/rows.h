@@ -29,7 +29,6 @@ typedef float floats __attribute__((vector_size(REGISTER_BYTES)));
 typedef double doubles __attribute__((vector_size(REGISTER_BYTES)));
 typedef uint32_t words __attribute__((vector_size(REGISTER_BYTES)));
 typedef int32_t ints __attribute__((vector_size(REGISTER_BYTES)));
-typedef uint16_t shorts __attribute__((vector_size(REGISTER_BYTES / 2)));
 
 constexpr int SIDE_BY_SIDE = 4;
 constexpr int64_t LINE_BYTES = 64;
@@ -40,6 +39,20 @@ struct bfloat16 {
 struct float16 {
     uint16_t bits;
 };
+
+inline float number(float value) { return value; }
+inline double number(double value) { return value; }
+inline float number(bfloat16 value) {
+    const uint32_t bits = (uint32_t)value.bits << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+inline float number(float16 value) {
+    _Float16 result;
+    std::memcpy(&result, &value, sizeof result);
+    return (float)result;
+}
 
 // Vectors at any address: a copy through memcpy would take a detour over the stack
 template <class V, class T>
@@ -91,24 +104,35 @@ struct Values<uint8_t> {
     }
 };
 
+// Every other value in one register and those between in a second: a 16-bit value becomes a float by a shift or a mask in
+// place, and back, where neighbours in one register would have to be moved apart first and together again afterwards
+struct alternate {
+    floats even, odd;
+    inline alternate& operator+=(const alternate& other) {
+        even += other.even, odd += other.odd;
+        return *this;
+    }
+};
+inline alternate operator*(float factor, const alternate& values) { return {factor * values.even, factor * values.odd}; }
+inline alternate operator*(const alternate& a, const alternate& b) { return {a.even * b.even, a.odd * b.odd}; }
+
 template <>
 struct Values<bfloat16> {
     typedef float sum;
-    typedef floats vector;
+    typedef alternate vector;
     static inline vector load(const bfloat16* from) {
-#if defined(__AVX512F__)
-        return (vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
-#elif defined(__AVX2__)
-        return (vector)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
-#else
-        return (vector)(__builtin_convertvector(load_as<shorts>(from), words) << 16);
-#endif
+        const words both = load_as<words>(from);
+        return {(floats)(both << 16), (floats)(both & 0xffff0000)};
     }
-    static inline void store(bfloat16* to, vector values) {
-        const words bits = (words)values, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    static inline void store(bfloat16* to, const vector& values) {
+        store_as(to, (rounded(values.even) >> 16) | (rounded(values.odd) & 0xffff0000));
+    }
+    // to the nearest, ties to even, in the upper half of each lane
+    static inline words rounded(floats values) {
+        const words bits = (words)values;
         // rounding up could turn a NaN into infinity
         const words nan = (words)(values != values);
-        store_as(to, __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), shorts));
+        return ((bits + 0x7fff + ((bits >> 16) & 1)) & ~nan) | (nan & 0x7fc00000);
     }
 };
 
@@ -143,6 +167,35 @@ constexpr int lanes() {
     return sizeof(typename Values<T>::vector) / sizeof(typename Values<T>::sum);
 }
 
+// Sums on their way, in the order that `vector` has them
+template <class V, class S>
+inline V load_sums(const S* from) {
+    return load_as<V>(from);
+}
+template <class V, class S>
+inline void store_sums(S* to, const V& values) {
+    store_as(to, values);
+}
+template <>
+inline alternate load_sums(const float* from) {
+    return {load_as<floats>(from), load_as<floats>(from + LANES)};
+}
+template <>
+inline void store_sums(float* to, const alternate& values) {
+    store_as(to, values.even), store_as(to + LANES, values.odd);
+}
+
+template <class S, class V>
+inline S total(const V& values) {
+    S sum = 0;
+    for (size_t lane = 0; lane < sizeof values / sizeof sum; lane++) sum += values[lane];
+    return sum;
+}
+template <>
+inline float total(const alternate& values) {
+    return total<float>(values.even) + total<float>(values.odd);
+}
+
 // The first `count` lanes of memory, the others 0
 template <class T>
 inline typename Values<T>::vector load_some(const T* from, int64_t count) {
@@ -152,11 +205,14 @@ inline typename Values<T>::vector load_some(const T* from, int64_t count) {
 }
 
 template <class T>
-inline void store_some(T* to, typename Values<T>::vector values, int64_t count) {
+inline void store_some(T* to, const typename Values<T>::vector& values, int64_t count) {
     T padded[lanes<T>()];
     Values<T>::store(padded, values);
     std::memcpy(to, padded, count * sizeof(T));
 }
+
+// Sums are read and written in whole registers
+constexpr int64_t sums_room(int64_t num_cols) { return num_cols + 2 * LANES; }
 
 // One pass over COUNT rows and the sum of their offsets: `first` starts the sums, `last` writes them to `out`, otherwise they stay in `sums`
 template <class T, class O, int COUNT>
@@ -172,13 +228,13 @@ inline void add_rows(const T* const* rows, const T* const* next, const typename 
     for (int i = 0; i < COUNT; i++) row[i] = rows[i], weight[i] = weights[i];
     for (int i = 0; i < SIDE_BY_SIDE; i++) fetched[i] = next[i];
     auto add = [&](int64_t col) __attribute__((always_inline)) {
-        vector acc = first ? vector{} : load_as<vector>(sums + col);
-        if (sizeof(T) == 1) acc += offset;
+        vector acc = first ? vector{} : load_sums<vector>(sums + col);
+        if constexpr (sizeof(T) == 1) acc += offset;
         for (int i = 0; i < COUNT; i++) acc += weight[i] * V::load(row[i] + col);
         if (last)
             Values<O>::store(out + col, acc);
         else
-            store_as(sums + col, acc);
+            store_sums(sums + col, acc);
     };
     int64_t col = begin;
     for (; col + line <= end; col += line) {
@@ -188,19 +244,18 @@ inline void add_rows(const T* const* rows, const T* const* next, const typename 
     }
     for (; col + step <= end; col += step) add(col);
     if (col < end) {
-        vector acc = {};
-        if (!first) std::memcpy(&acc, sums + col, (end - col) * sizeof(sums[0]));
-        acc += offset;
+        vector acc = first ? vector{} : load_sums<vector>(sums + col);
+        if constexpr (sizeof(T) == 1) acc += offset;
         for (int i = 0; i < COUNT; i++) acc += weights[i] * load_some(rows[i] + col, end - col);
         if (last)
             store_some(out + col, acc, end - col);
         else
-            std::memcpy(sums + col, &acc, (end - col) * sizeof(sums[0]));
+            store_sums(sums + col, acc);
     }
 }
 
 // out[begin:end] = sum_i (weights[i] rows[i][begin:end] + offsets[i]), count > 0, with offsets for 8-bit rows only; rows
-// has SIDE_BY_SIDE more entries, which are fetched only; sums has room for `end` values. Offsets enter with their rows:
+// has SIDE_BY_SIDE more entries, which are fetched only; sums has room for sums_room(end) values. Offsets enter with their rows:
 // added up apart they would cancel against large sums
 template <class T, class O>
 void weighted_sum(const T* const* rows, const typename Values<T>::sum* weights, int64_t count,
@@ -248,11 +303,7 @@ inline void inner_products(const T* const* rows, const T* const* next, const T* 
         const vector values = load_some(with + col, num_cols - col);
         for (int i = 0; i < COUNT; i++) acc[i] += values * load_some(rows[i] + col, num_cols - col);
     }
-    for (int i = 0; i < COUNT; i++) {
-        typename V::sum total = 0;
-        for (int lane = 0; lane < step; lane++) total += acc[i][lane];
-        products[i] = total;
-    }
+    for (int i = 0; i < COUNT; i++) products[i] = total<typename V::sum>(acc[i]);
 }
 
 // Zeros, past the caches where they would only push other data out

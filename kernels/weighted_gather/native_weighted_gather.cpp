@@ -1,6 +1,7 @@
 // CPU kernels of the weighted gather: forward, both gradients, and the sort. README.md derives them.
 //
-// Shapes: table (U, N, H) with `grouped`, else (R, H); indices (T,) or (T, M); weights and sums in the type of the sums.
+// Shapes: table (U, N, H) with `grouped`, else (R, H); indices (T,) or (T, M); weights (T, M). In the forward weights have
+// any of the types, in the backward that of the sums.
 // Functions give 0, or 1 for an index out of range (the output is then incomplete), or 2 for an unknown type.
 #include "rows.h"
 
@@ -40,20 +41,47 @@ bool find_rows_and_next(const T* table, const int64_t* indices, const Shape& s, 
     return true;
 }
 
+// Factors of a token's terms in the type of the sums; `copy` holds them where they are of another type
+template <class S>
+struct Factors {
+    const void* values;
+    int64_t type;
+    std::vector<S> copy;
+
+    const S* at(int64_t first, int64_t count) {
+        switch (type) {
+            case 0: return converted((const float*)values + first, count);
+            case 1: return converted((const double*)values + first, count);
+            case 2: return converted((const bfloat16*)values + first, count);
+            default: return converted((const float16*)values + first, count);
+        }
+    }
+
+   private:
+    const S* converted(const S* from, int64_t) { return from; }
+    template <class W>
+    const S* converted(const W* from, int64_t count) {
+        copy.resize(count);
+        for (int64_t i = 0; i < count; i++) copy[i] = (S)number(from[i]);
+        return copy.data();
+    }
+};
+
 template <class T>
-int forward(const T* table, const int64_t* indices, const typename Values<T>::sum* weights, T* out, const Shape& s) {
+int forward(const T* table, const int64_t* indices, const void* weights, int64_t weights_type, T* out, const Shape& s) {
     const Parts parts(s.num_tokens, s.num_cols, s.num_threads, sizeof(T));
     std::atomic<int> failed(0);
     share(s.num_tokens * parts.count, s.num_threads, [&](int64_t begin, int64_t end) {
         std::vector<const T*> rows(s.num_terms + SIDE_BY_SIDE);
-        std::vector<typename Values<T>::sum> sums(s.num_terms > SIDE_BY_SIDE ? s.num_cols : 0);
+        std::vector<typename Values<T>::sum> sums(s.num_terms > SIDE_BY_SIDE ? sums_room(s.num_cols) : 0);
+        Factors<typename Values<T>::sum> factors{weights, weights_type, {}};
         for (int64_t task = begin; task < end; task++) {
             const int64_t token = task / parts.count, from = task % parts.count * parts.width;
             if (!find_rows_and_next(table, indices, s, token, s.num_tokens, rows.data())) {
                 failed = 1;
                 return;
             }
-            weighted_sum<T, T>(rows.data(), weights + token * s.num_terms, s.num_terms, nullptr, from,
+            weighted_sum<T, T>(rows.data(), factors.at(token * s.num_terms, s.num_terms), s.num_terms, nullptr, from,
                                std::min(from + parts.width, s.num_cols), sums.data(), out + token * s.num_cols);
         }
     });
@@ -112,7 +140,7 @@ void grad_table(const T* grad, const typename Values<T>::sum* weights, const int
         const int64_t begin = offsets[group], count = offsets[group + 1] - begin;
         scratch.rows.resize(count + SIDE_BY_SIDE);
         scratch.factors.resize(count);
-        scratch.sums.resize(s.num_cols);
+        scratch.sums.resize(sums_room(s.num_cols));
         for (int64_t i = 0; i < count; i++) scratch.rows[i] = grad + order[begin + i] / terms_per_token * s.num_cols;
         for (int i = 0; i < SIDE_BY_SIDE; i++) scratch.rows[count + i] = scratch.rows[count - 1];
         for (int64_t row = 0; row < rows_per_group; row++) {
@@ -173,11 +201,12 @@ void grad_table(const T* grad, const typename Values<T>::sum* weights, const int
 
 extern "C" {
 
-int tenfold_gather(int64_t type, const void* table, const int64_t* indices, const void* weights, void* out,
-                   int64_t num_tokens, int64_t num_terms, int64_t num_cols, int64_t num_groups, int64_t stride_group,
-                   int64_t stride_row, int64_t grouped, int64_t num_threads) {
+int tenfold_gather(int64_t type, const void* table, const int64_t* indices, int64_t weights_type, const void* weights,
+                   void* out, int64_t num_tokens, int64_t num_terms, int64_t num_cols, int64_t num_groups,
+                   int64_t stride_group, int64_t stride_row, int64_t grouped, int64_t num_threads) {
     const Shape s{num_tokens, num_terms, num_cols, num_groups, stride_group, stride_row, grouped, num_threads};
-    BY_TYPE(type, return forward<T>((const T*)table, indices, (const Values<T>::sum*)weights, (T*)out, s))
+    if (weights_type < 0 || weights_type > 3) return 2;
+    BY_TYPE(type, return forward<T>((const T*)table, indices, weights, weights_type, (T*)out, s))
 }
 
 int tenfold_gather_grad_weights(int64_t type, const void* grad, const void* table, const int64_t* indices, void* out,

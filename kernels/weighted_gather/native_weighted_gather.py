@@ -38,11 +38,11 @@ def forward(
     num_tokens, num_terms = weights.shape
     table, stride_group, stride_row = _layout(table, grouped=grouped)
     num_cols = table.shape[-1]
-    indices, weights = indices.contiguous(), _contiguous(weights, accumulation_dtype(table))
-    out = torch.empty(num_tokens, num_cols, dtype=table.dtype, device="cpu")
+    indices, weights = indices.contiguous(), weights.contiguous()
+    out = table.new_empty(num_tokens, num_cols)
     failed = library.tenfold_gather(
-        TYPES[table.dtype], table.data_ptr(), indices.data_ptr(), weights.data_ptr(), out.data_ptr(),
-        num_tokens, num_terms, num_cols, table.shape[0], stride_group, stride_row, grouped,
+        TYPES[table.dtype], table.data_ptr(), indices.data_ptr(), TYPES[weights.dtype], weights.data_ptr(),
+        out.data_ptr(), num_tokens, num_terms, num_cols, table.shape[0], stride_group, stride_row, grouped,
         _threads(num_tokens * num_terms * num_cols),
     )  # fmt: skip
     return None if failed else out

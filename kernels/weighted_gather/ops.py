@@ -101,12 +101,13 @@ def _call(
     *,
     grouped: bool,
 ) -> torch.Tensor:
-    device = table.device
     if table.dtype not in _DTYPES or weights.dtype not in _DTYPES:
         raise ValueError(f"table and weights must be floating point, got {table.dtype} and {weights.dtype}")
-    if indices.device != device or weights.device != device:
+    on_cpu = table.is_cpu and indices.is_cpu and weights.is_cpu
+    # asking for a device makes an object, which a decoding step's sum feels
+    if not on_cpu and not table.device == indices.device == weights.device:
         raise ValueError(
-            f"table, indices and weights must be on one device, got {device}, {indices.device}, {weights.device}"
+            f"table, indices and weights must be on one device, got {table.device}, {indices.device}, {weights.device}"
         )
     if indices.dtype != torch.int64:
         if indices.dtype not in _INDEX_DTYPES:
@@ -152,10 +153,10 @@ def _dispatch(
 
 
 def _pick(backend: Backend | None, table: torch.Tensor) -> Backend:
+    if backend is None and table.is_cpu:
+        return "cpu"
     device = table.device.type
     if backend is None:
-        if device == "cpu":
-            return "cpu"
         return "triton" if device == "cuda" and find_spec("triton") is not None else "reference"
     if backend == "cpu" and device != "cpu":
         raise ValueError(f"backend 'cpu' needs tensors on the CPU, these are on {table.device}; leave backend at None")
@@ -191,7 +192,7 @@ def _forward(
     table: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, grouped: bool, backend: str
 ) -> torch.Tensor:
     path = _path(backend)
-    if not torch.is_autocast_enabled(table.device.type):
+    if not torch.is_autocast_enabled("cpu" if table.is_cpu else table.device.type):
         return path.forward(table, indices, weights, grouped=grouped)
     with _no_autocast(table):
         return path.forward(table, indices, weights, grouped=grouped)

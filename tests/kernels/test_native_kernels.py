@@ -93,7 +93,7 @@ SHAPES = {
 }
 DTYPES = [
     (FLOAT32, FLOAT32), (FLOAT64, FLOAT64), (BFLOAT16, BFLOAT16), (FLOAT16, FLOAT16), (BFLOAT16, FLOAT32),
-    (FLOAT32, BFLOAT16),
+    (FLOAT32, BFLOAT16), (FLOAT16, FLOAT32), (BFLOAT16, FLOAT16), (FLOAT64, FLOAT32), (FLOAT32, FLOAT64),
 ]  # fmt: skip
 
 
@@ -131,7 +131,22 @@ def test_output_and_gradients_equal_their_definitions(native, threads, shape, dt
     expected = expected_results(rows, terms, weights, grad)
     assert error_of(results[0], expected[0]) < TOLERANCE[dtype]
     assert error_of(results[1].view(rows.shape), expected[1]) < TOLERANCE[dtype]
-    assert error_of(results[2], expected[2]) < TOLERANCE[weights_dtype]
+    summed_in = FLOAT64 if dtype == FLOAT64 else FLOAT32
+    assert error_of(results[2], expected[2]) < max(TOLERANCE[weights_dtype], TOLERANCE[summed_in])
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
+def test_every_16_bit_value_and_sums_of_two_are_rounded_as_torch_rounds_them(native, dtype):
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    table = torch.stack([values, values[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))]])
+    ones = torch.ones(1, 2)
+    alone = weighted_gather(table, torch.tensor([[0]]), ones[:, :1])[0]
+    assert torch.equal(alone.isnan(), values.isnan())
+    assert torch.equal(alone.nan_to_num(1.5), values.nan_to_num(1.5))
+    both = weighted_gather(table, torch.tensor([[0, 1]]), ones)[0]
+    expected = (table[0].float() + table[1].float()).to(dtype)
+    assert torch.equal(both.isnan(), expected.isnan())
+    assert torch.equal(both.nan_to_num(1.5), expected.nan_to_num(1.5))
 
 
 @pytest.mark.parametrize("shape", ["R40-H36-T500-M2-frequent", "U50-N3-H9-T390-frequent", "R9-H197-T1-M6"])
