@@ -1,12 +1,13 @@
 """Scores of a language model on held-out Wikipedia text, for studies: loss, bits per byte, and lm-eval's tasks."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+# the second has no majority class
 TASKS = ("wikipedia_bits_per_byte", "wikipedia_title_cloze")
 
 
@@ -23,13 +24,14 @@ def held_out(model: Any, batches: Iterable[dict[str, torch.Tensor]], num_batches
     return {"loss": nats / num_tokens, "bits_per_byte": nats / math.log(2) / num_bytes}
 
 
-def task_scores(model: Any, data: Any, num_documents: int) -> dict[str, dict[str, float]]:
-    """lm-eval's numbers on held-out documents. None of the two tasks has a majority class.
+def task_scores(model: Any, data: Any, num_documents: int, tasks: Sequence[str] = TASKS) -> dict[str, dict[str, float]]:
+    """lm-eval's numbers on held-out documents.
 
     Args:
         model: in evaluation mode.
         data: a `TextDataModule` that is set up; gives documents and tokenizer.
         num_documents: first documents of each task.
+        tasks: of the Wikipedia tasks that are shipped.
     """
     from ..datamodules.assets import cache_dir
     from ..inference.evals import build_wikipedia_tasks, evaluate_model
@@ -38,7 +40,7 @@ def task_scores(model: Any, data: Any, num_documents: int) -> dict[str, dict[str
     build_wikipedia_tasks(data.documents("test"), folder)
     results = evaluate_model(
         model,
-        tasks=list(TASKS),
+        tasks=list(tasks),
         tokenizer=data.tokenizer,
         limit=num_documents,
         shipped_data_dir=folder,
@@ -48,5 +50,5 @@ def task_scores(model: Any, data: Any, num_documents: int) -> dict[str, dict[str
     assert results is not None
     return {
         task: {name: value for name, value in results["results"][task].items() if isinstance(value, float)}
-        for task in TASKS
+        for task in tasks
     }

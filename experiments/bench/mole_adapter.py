@@ -1,7 +1,7 @@
 """Lookup experts added to SmolLM2-135M against plain fine-tuning at equal compute: `experiments/mole/adapters.py`.
 
 Runs are kept in `runs/mole-adapter`; what is there is not trained again. Started several times, the command spreads the
-runs over its processes.
+runs over its processes. The picture is `runs/mole-adapter/mole-adapter.png`.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from typing import Any
 from ...datamodules.assets import find_asset
 from ..kept_runs import mean_and_spread
 from ..mole.adapters import QUICK, SEEDS, VARIANTS, Study, runs
+from ..mole.picture import Panel, draw
 from .registry import Settings
 from .rows import Row, ratio
 
@@ -38,6 +39,14 @@ def run(settings: Settings) -> Iterator[Row]:
     done["frozen"] = runs(study, FOLDER).all(["frozen"], SEEDS[:1])["frozen"]
     for name in names:
         yield from _rows(name, done[name], done["frozen"][0])
+    values = {name: [result["bits_per_byte"] for result in done[name]] for name in names if name != "frozen"}
+    panel = Panel(
+        "bits per byte of held-out text after equal multiply-adds: lower is better",
+        values,
+        done["frozen"][0]["bits_per_byte"],
+        "before training",
+    )
+    draw([panel], FOLDER / "mole-adapter.png")
 
 
 def _rows(name: str, results: list[dict[str, Any]], frozen: dict[str, Any]) -> Iterator[Row]:

@@ -17,8 +17,8 @@ class Row:
         peer: whom we compare with; None for a number that stands alone.
         peer_value: the peer's number; None where the peer did not run.
         ratio: ours against the peer's.
-        bound: what limits the number physically.
-        bound_value: that limit, measured on the same machine in the same run.
+        bound: what limits the number physically; for a score, what it takes no knowledge to reach.
+        bound_value: that limit, measured on the same machine in the same run where it is physical.
         repeats: samples behind `value`.
         spread: interquartile range of our samples.
         reason: why there is no peer value.

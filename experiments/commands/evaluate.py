@@ -12,7 +12,7 @@ from ..cache_arguments import add_cache_arguments, cache_request
 from ..table_storage import STORAGES
 from .long_context_arguments import add_long_context_arguments, long_context_options
 
-_WIKIPEDIA_TASKS = ("wikipedia_bits_per_byte", "wikipedia_title_cloze")
+_WIKIPEDIA_TASKS = ("wikipedia_bits_per_byte", "wikipedia_title_cloze", "wikipedia_yes_no")
 _WIKIPEDIA_GROUP = "tenfold_wikipedia"
 _WIKIPEDIA_ASSET = "asset:wikipedia-summaries"
 
@@ -22,7 +22,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="tenfold evaluate",
         description="Score a model on lm-eval tasks. Start it with `torchrun --nproc-per-node N --no-python tenfold "
         "evaluate …` to share the documents among N processes.",
-        epilog="The two Wikipedia tasks that ship with Tenfold use the test split of asset:wikipedia-summaries "
+        epilog="The Wikipedia tasks that ship with Tenfold use the test split of asset:wikipedia-summaries "
         "(`tenfold assets get wikipedia-summaries`), unless --data-dir has files for them.",
     )
     what = parser.add_argument_group("what is scored")

@@ -1,8 +1,9 @@
 """Writes the data of the shipped Wikipedia tasks from held-out articles.
 
 `wikipedia_bits_per_byte` scores how well the articles themselves are predicted. `wikipedia_title_cloze` shows an
-extract in which the title is blanked out and asks which of four titles it belongs to. No text ships with the package:
-the documents are handed in.
+extract in which the title is blanked out and asks which of four titles it belongs to. `wikipedia_yes_no` asks of such
+an extract whether it belongs to one title; five of eight answers are yes, as BoolQ's are, so that a model that always
+says yes is ahead of one that guesses. No text ships with the package: the documents are handed in.
 """
 
 import hashlib
@@ -20,6 +21,8 @@ from .digest import files_digest
 
 BLANK = "____"
 NUM_CHOICES = 4
+# answers of the yes/no task: so many of so many are yes
+YES_OF = (5, 8)
 # wrong titles are drawn from this many titles most like the right one
 NUM_NEAREST = 24
 # an extract with fewer words than this (blanks not counted) says too little
@@ -46,22 +49,23 @@ def build_wikipedia_tasks(
     max_characters: int = 600,
     seed: int = 0,
 ) -> str:
-    """Write the data files of both Wikipedia tasks.
+    """Write the data files of the Wikipedia tasks.
 
     The files depend on the set of documents, the seed and the sizes only, not on the documents' order. Rows come in an
     order drawn from the seed, so the first `n` rows are a fair sample, and the position of the right title is balanced
-    over every four rows. Wrong titles are other documents' titles of about the same length, word count and kind; none
-    of them occurs in the extract.
+    over every four rows, as is yes over every eight. Wrong titles are other documents' titles of about the same length,
+    word count and kind; none of them occurs in the extract.
 
     Args:
         documents: Held-out articles with `title` and `text`.
-        folder: Gets `wikipedia_bits_per_byte/test.jsonl` and `wikipedia_title_cloze/test.jsonl`: pass it as `data_dir`.
-        num_cloze: Number of questions; as many as the documents allow when None.
+        folder: Gets `TASK/test.jsonl` for `wikipedia_bits_per_byte`, `wikipedia_title_cloze` and `wikipedia_yes_no`:
+            pass it as `data_dir`.
+        num_cloze: Number of questions of the last two; as many as the documents allow when None.
         max_characters: Longest extract of a question, in characters, cut at a word. The other task keeps whole texts.
         seed: Draws order, wrong titles and positions.
 
     Returns:
-        Digest of the two files.
+        Digest of the files.
 
     Raises:
         ValueError: A document lacks a title or text, or there are too few documents.
@@ -79,7 +83,8 @@ def build_wikipedia_tasks(
         raise ValueError(f"num_cloze is {num_cloze}, but {len(articles)} documents give {len(questions)} questions")
     files = (
         _write_rows(Path(folder) / "wikipedia_bits_per_byte", [{"title": t, "text": text} for t, text in articles]),
-        _write_rows(Path(folder) / "wikipedia_title_cloze", _cloze_rows(questions, num_cloze, seed)),
+        _write_rows(Path(folder) / "wikipedia_title_cloze", cloze := _cloze_rows(questions, num_cloze, seed)),
+        _write_rows(Path(folder) / "wikipedia_yes_no", _yes_no_rows(cloze, seed)),
     )
     parts = "".join(files_digest([file]) for file in files)
     return f"sha256:{hashlib.sha256(parts.encode()).hexdigest()}"
@@ -141,16 +146,29 @@ def _cloze_rows(questions: Sequence[_Question], num_cloze: int | None, seed: int
     features = np.array([_features(question.title) for question in questions])
     rows = []
     for number, question in enumerate(questions[:num_cloze]):
-        answer = _positions(number // NUM_CHOICES, seed)[number % NUM_CHOICES]
+        answer = _place(number, NUM_CHOICES, "position", seed)
         choices = _wrong_titles(number, questions, features, seed)
         choices.insert(answer, question.title)
         rows.append({"title": question.title, "extract": question.extract, "choices": choices, "answer": answer})
     return rows
 
 
-def _positions(block: int, seed: int) -> list[int]:
-    """Where the right titles of one block of questions stand: each position once."""
-    return sorted(range(NUM_CHOICES), key=lambda position: _draw(seed, "position", str(block), str(position)))
+def _yes_no_rows(cloze: Iterable[Mapping[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """A question of each row of the cloze, with its right title or its first wrong one."""
+    yes, of = YES_OF
+    rows = []
+    for number, row in enumerate(cloze):
+        answer = int(_place(number, of, "yes", seed) < yes)
+        wrong = next(choice for choice in row["choices"] if choice != row["title"])
+        rows.append({"title": row["title"] if answer else wrong, "extract": row["extract"], "answer": answer})
+    return rows
+
+
+def _place(number: int, count: int, what: str, seed: int) -> int:
+    """A place for question `number`: of `count` questions in a row, each gets another one of `count` places."""
+    block = str(number // count)
+    order = sorted(range(count), key=lambda position: _draw(seed, what, block, str(position)))
+    return order[number % count]
 
 
 def _features(title: str) -> list[float]:

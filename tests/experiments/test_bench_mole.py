@@ -3,12 +3,16 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tenfold.experiments.bench import mole, mole_training, number_formats
+from PIL import Image
+from tenfold.experiments.bench import mole, mole_quality, mole_training, number_formats
 from tenfold.experiments.bench.registry import BENCHES, Settings
 from tenfold.experiments.mole import quality
+from tenfold.experiments.mole.picture import Panel, draw
 
 SETTINGS = Settings("cpu", quick=True, seed=0)
 
@@ -144,3 +148,52 @@ def test_variants_have_the_sizes_that_they_are_named_for() -> None:
     assert count["moe-top2"] == count["moe-all-active"]
     assert count["token-table-4e"] - count["dense"] == layers * (vocabulary * 4 * d + 4 * d)
     assert count["bigram-4e"] - count["dense"] == experts + 49152 * d
+
+
+def test_quality_rows_compare_with_dense_and_leave_out_the_majority_class_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def result(loss: float, bits: float, cloze: float, yes_no: float) -> dict[str, Any]:
+        scores = {"wikipedia_title_cloze": cloze, "wikipedia_yes_no": yes_no}
+        return {
+            "parameters": 7,
+            "val_loss": loss,
+            "scores": {task: {"acc,none": value} for task, value in scores.items()}
+            | {"wikipedia_bits_per_byte": {"bits_per_byte,none": bits}},
+        }
+
+    found = {
+        "dense": [result(4.0, 2.0, 0.2, 0.5), result(6.0, 2.0, 0.3, 0.5)],
+        "mole-4e": [result(4.0, 1.0, 0.5, 0.6), result(4.0, 1.0, 0.5, 0.4)],
+    }
+
+    class Found:
+        def all(self, *_: object) -> dict[str, list[dict[str, Any]]]:
+            return found
+
+    monkeypatch.setattr(mole_quality, "runs", lambda *_: Found())
+    monkeypatch.setattr(mole_quality, "FOLDER", tmp_path / "runs")
+    rows = {(row.case.split()[0], row.metric): row for row in mole_quality.run(Settings("cpu"))}
+    loss = rows["mole-4e", "val_loss"]
+    assert (loss.value, loss.peer, loss.peer_value, loss.ratio, loss.repeats) == (4.0, "dense", 5.0, 1.25, 2)
+    assert rows["dense", "val_loss"].spread == 2.0
+    assert rows["dense", "val_loss"].peer is None
+    assert rows["mole-4e", "wikipedia_bits_per_byte"].ratio == 2.0
+    yes_no = rows["mole-4e", "wikipedia_yes_no"]
+    assert (yes_no.bound, yes_no.bound_value) == ("always yes", 0.625)
+    assert yes_no.spread == pytest.approx(0.2)
+    assert rows["mole-4e", "wikipedia_title_cloze"].bound_value == 0.25
+    assert rows["mole-4e", "wikipedia_title_cloze"].ratio == pytest.approx(2.0)
+    assert rows["mole-4e", "mean accuracy with the majority-class task"].value == pytest.approx(0.5)
+    assert rows["dense", "mean accuracy with the majority-class task"].value == pytest.approx(0.375)
+    assert rows["dense", "mean accuracy without"].value == pytest.approx(0.25)
+    with Image.open(tmp_path / "runs" / "mole-quality.png") as picture:
+        assert np.asarray(picture).std() > 5
+
+
+def test_a_picture_needs_values(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no panel"):
+        draw([], tmp_path / "a.png")
+    with pytest.raises(ValueError, match="'dense' has no values for 'loss'"):
+        draw([Panel("loss", {"dense": []})], tmp_path / "a.png")
+    assert not any(tmp_path.iterdir())

@@ -137,6 +137,7 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert losses["token-4e"].peer_value == losses["frozen"].value
     (table,) = (row for row in rows if row.peer == "trained form")
     assert table.peer_value == losses["token-4e"].value
+    assert (tmp_path / "mole-adapter.png").read_bytes()[:4] == b"\x89PNG"
     monkeypatch.setattr(mole_adapter, "find_asset", lambda name: None)
     (row,) = mole_adapter.run(Settings("cpu", quick=True, seed=0))
     assert row.reason is not None

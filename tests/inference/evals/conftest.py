@@ -1,4 +1,4 @@
-"""A tiny random Llama, held-out documents and the two shipped tasks built from them."""
+"""A tiny random Llama, held-out documents and the shipped tasks built from them."""
 
 import copy
 from collections.abc import Callable

@@ -202,9 +202,9 @@ def test_shipped_tasks_leave_the_stock_index_alone(wikipedia_data: Path, monkeyp
 
     monkeypatch.setattr(selection, "_stock_index", refuse)
     with select_tasks(shipped_task_names(), data_dirs=[wikipedia_data]) as found:
-        assert sorted(found.tasks) == ["wikipedia_bits_per_byte", "wikipedia_title_cloze"]
+        assert sorted(found.tasks) == ["wikipedia_bits_per_byte", "wikipedia_title_cloze", "wikipedia_yes_no"]
     with select_tasks(["tenfold_wikipedia"], shipped_data_dir=wikipedia_data) as found:
-        assert sorted(found.tasks) == ["wikipedia_bits_per_byte", "wikipedia_title_cloze"]
+        assert sorted(found.tasks) == ["wikipedia_bits_per_byte", "wikipedia_title_cloze", "wikipedia_yes_no"]
     with pytest.raises(AssertionError, match="index was built"):
         select_tasks(["piqa"]).__enter__()
 

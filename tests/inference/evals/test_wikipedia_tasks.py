@@ -35,7 +35,7 @@ def test_only_the_documents_matter(documents: list[dict[str, str]], tmp_path: Pa
     random.Random(0).shuffle(shuffled)
     digest = build_wikipedia_tasks(documents, tmp_path / "a")
     assert build_wikipedia_tasks(iter(shuffled + shuffled[:3]), tmp_path / "b") == digest
-    for task in ("wikipedia_bits_per_byte", "wikipedia_title_cloze"):
+    for task in ("wikipedia_bits_per_byte", "wikipedia_title_cloze", "wikipedia_yes_no"):
         assert read(tmp_path / "a", task) == read(tmp_path / "b", task)
     assert build_wikipedia_tasks(documents, tmp_path / "c", seed=1) != digest
     assert build_wikipedia_tasks(documents[:-1], tmp_path / "d") != digest
@@ -73,6 +73,20 @@ def test_positions_are_balanced_in_every_prefix(documents: list[dict[str, str]],
         assert Counter(answers[start : start + 4]) == Counter(range(4))
     # a fixed cycle would let the position be guessed
     assert len({tuple(answers[start : start + 4]) for start in range(0, len(answers) - 3, 4)}) > 1
+
+
+def test_five_of_eight_answers_are_yes_and_the_titles_fit_them(documents: list[dict[str, str]], tmp_path: Path) -> None:
+    build_wikipedia_tasks(documents, tmp_path)
+    rows, cloze = read(tmp_path, "wikipedia_yes_no"), read(tmp_path, "wikipedia_title_cloze")
+    assert len(rows) == len(cloze) > 16
+    for row, other in zip(rows, cloze, strict=True):
+        assert row["extract"] == other["extract"]
+        assert row["title"] in other["choices"]
+        assert row["answer"] == int(row["title"] == other["title"])
+    answers = [row["answer"] for row in rows]
+    blocks = [tuple(answers[start : start + 8]) for start in range(0, len(answers) - 7, 8)]
+    assert {sum(block) for block in blocks} == {5}
+    assert len(set(blocks)) > 1
 
 
 def test_wrong_titles_look_like_the_right_one(tmp_path: Path) -> None:
