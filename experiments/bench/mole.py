@@ -3,7 +3,8 @@
 160M shapes with random weights; weights, tables and experts are all bfloat16, or float32 on a CPU without instructions
 for bfloat16, as each case says. A step feeds one token per sequence after a prompt of 32, with ids drawn evenly from
 the vocabulary, the same for all. `cache=cold` lets the system forget the table's (or the experts') file before every
-step; what a method keeps in its own memory it keeps. `cache=warm` reads files that are in the file cache;
+step; what a method keeps in its own memory it keeps, and dense and resident models take their turns in between, since
+what the others read slows them too. `cache=warm` reads files that are in the file cache;
 `storage=direct` never uses it. Rows of the table are checked against their checksums when they are first read, within
 the timed step.
 
@@ -13,14 +14,17 @@ has parameters for), with reads for the next layer's likely experts; or used in 
 
 import gc
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from ...kernels.row_storage.direct import aligned_buffer
 from .mole_models import Rival, dense_model, lookup_model, moe_model, offloaded_model, write_random_table
 from .mole_training import building_rows, training_rows
 from .number_formats import dtype_name
@@ -60,13 +64,12 @@ def _decoding_rows(size: str, folder: Path, settings: Settings) -> Iterator[Row]
     for name, options in ways.items():
         rivals[name] = offloaded_model(resident, folder / "experts", **options)[0]
     _check(rivals, settings)
+    yield _device_row(rivals["lru direct"].source, f"{size}-10e experts {dtype_name()}", settings)
     for batch in (1, 8) if settings.quick else (1, 8, 32):
         steps = {name: _Stepper(rival, batch, settings.seed) for name, rival in rivals.items()}
         warm = _time(steps, cold=False, settings=settings)
-        reading = {name: step for name, step in steps.items() if step.source is not None}
-        cold = _time(reading, cold=True, settings=settings)
-        # these read no file while they run
-        cold |= {name: warm[name] for name in ("dense", "moe_resident")}
+        # those that read no file take their turns too: what the others leave behind in caches and memory slows all
+        cold = _time(steps, cold=True, settings=settings)
         for storage, state, times in (
             ("memory", "warm", warm),
             ("mmap", "warm", warm),
@@ -92,6 +95,20 @@ def _decoding_rows(size: str, folder: Path, settings: Settings) -> Iterator[Row]
                     ratio=ratio(ours, other),
                     repeats=steps[best].num_steps,
                 )
+
+
+def _device_row(source: Any, case: str, settings: Settings) -> Row:
+    """How fast the device gives up to 2 GB of experts, all requested at once: a limit for every offloaded step."""
+    region = source.region
+    rows = np.arange(min(region.num_rows, max(1, 2**31 // region.row_bytes)))
+    out = aligned_buffer(len(rows), region.row_bytes)
+    rates = []
+    for _ in range(min(5, settings.repeats)):
+        source.drop_file_cache()
+        begin = time.perf_counter()
+        source.request(rows, out).wait()
+        rates.append(out.nbytes / (time.perf_counter() - begin) / 1e6)
+    return Row(case, "device_read_mb_s", statistics.median(rates), "MB/s", repeats=len(rates))
 
 
 @torch.no_grad()
@@ -122,7 +139,7 @@ class _Stepper:
     @torch.no_grad()
     def step(self, *, cold: bool) -> float:
         """Milliseconds of a step; the cache is put back outside of the time."""
-        if cold:
+        if cold and self.source is not None:
             self.source.drop_file_cache()
         ids = self._ids[self.num_steps % len(self._ids)]
         before = self.source.bytes_read if self.source is not None else 0
