@@ -159,8 +159,8 @@ class _Stepper:
 
 def _time(steps: dict[str, _Stepper], *, cold: bool, settings: Settings) -> dict[str, Timing]:
     """Steps of all, taking turns in random order."""
-    # a cold step of the rival can take a second
-    repeats = settings.repeats // 2 if cold else settings.repeats
+    # warm steps differ by a few percent, on machines that do by more; a cold step of the rival can take a second
+    repeats = settings.repeats // 2 if cold else (1 if settings.quick else 3) * settings.repeats
     samples: dict[str, list[float]] = {name: [] for name in steps}
     order, shuffle = list(steps), random.Random(settings.seed)
     once: Callable[[str], Any] = lambda name: steps[name].step(cold=cold)  # noqa: E731

@@ -13,6 +13,8 @@ from tenfold.experiments.bench import mole, mole_quality, mole_training, number_
 from tenfold.experiments.bench.registry import BENCHES, Settings
 from tenfold.experiments.mole import quality
 from tenfold.experiments.mole.picture import Panel, draw
+from tenfold.kernels.row_storage.direct import DirectRows
+from tenfold.kernels.row_storage.region import RowRegion
 
 SETTINGS = Settings("cpu", quick=True, seed=0)
 
@@ -28,7 +30,9 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize(("fast", "dtype", "num_bytes"), [(True, "bfloat16", 2), (False, "float32", 4)])
 def test_decoding_rows(fast: bool, dtype: str, num_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(number_formats, "fast_bfloat16", lambda: fast)
-    rows = list(mole._decoding_rows("tiny", tmp_path, SETTINGS))
+    device, *rows = mole._decoding_rows("tiny", tmp_path, SETTINGS)
+    assert (device.case, device.metric) == (f"tiny-10e experts {dtype}", "device_read_mb_s")
+    assert device.value > 0
     assert {"mole", "mole-quality"} <= set(BENCHES)
     cases = {row.case for row in rows}
     for batch in (1, 8):
@@ -47,6 +51,13 @@ def test_decoding_rows(fast: bool, dtype: str, num_bytes: int, tmp_path: Path, m
         assert row.value == one
         # at least the two experts of one layer
         assert row.peer_value >= 2 * 2 * 128 * 256 * num_bytes
+
+
+def test_the_device_row_reads_every_record_once_per_repeat(tmp_path: Path) -> None:
+    (tmp_path / "records").write_bytes(bytes(20 * 8192))
+    with DirectRows(RowRegion(tmp_path / "records", 0, 20, 8192, 8192)) as source:
+        row = mole._device_row(source, "case", SETTINGS)
+        assert source.bytes_read == row.repeats * 20 * 8192 == SETTINGS.repeats * 20 * 8192
 
 
 def test_models_that_differ_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
