@@ -139,7 +139,8 @@ class KeptRuns:
         result = {
             "variant": variant,
             "seed": seed,
-            "study": asdict(self.settings),
+            # as it will be read again: lists for tuples
+            "study": json.loads(json.dumps(asdict(self.settings))),
             **self.train(variant, seed),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),

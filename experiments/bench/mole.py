@@ -67,7 +67,7 @@ def _decoding_rows(size: str, folder: Path, settings: Settings) -> Iterator[Row]
     yield _device_row(rivals["lru direct"].source, f"{size}-10e experts {dtype_name()}", settings)
     for batch in (1, 8) if settings.quick else (1, 8, 32):
         steps = {name: _Stepper(rival, batch, settings.seed) for name, rival in rivals.items()}
-        warm = _time(steps, cold=False, settings=settings)
+        warm = _time(steps, cold=False, settings=settings, many=batch > 8)
         # those that read no file take their turns too: what the others leave behind in caches and memory slows all
         cold = _time(steps, cold=True, settings=settings)
         for storage, state, times in (
@@ -157,10 +157,10 @@ class _Stepper:
         return self._bytes / max(1, self.num_steps)
 
 
-def _time(steps: dict[str, _Stepper], *, cold: bool, settings: Settings) -> dict[str, Timing]:
-    """Steps of all, taking turns in random order."""
-    # warm steps differ by a few percent, on machines that do by more; a cold step of the rival can take a second
-    repeats = settings.repeats // 2 if cold else (1 if settings.quick else 3) * settings.repeats
+def _time(steps: dict[str, _Stepper], *, cold: bool, settings: Settings, many: bool = False) -> dict[str, Timing]:
+    """Steps of all, taking turns in random order; `many` says that there are many sequences in a step."""
+    # warm steps differ by less than a machine's own noise; a cold step of the rival can take a second
+    repeats = settings.repeats // 2 if cold else (1 if settings.quick or many else 3) * settings.repeats
     samples: dict[str, list[float]] = {name: [] for name in steps}
     order, shuffle = list(steps), random.Random(settings.seed)
     once: Callable[[str], Any] = lambda name: steps[name].step(cold=cold)  # noqa: E731
