@@ -37,17 +37,23 @@ METRICS = {
     "wikipedia_title_cloze": Metric("", True, "guessing", 1 / NUM_CHOICES),
     "wikipedia_yes_no": Metric("", True, "always yes", YES_OF[0] / YES_OF[1]),
     "mean accuracy with the majority-class task": Metric("", True),
-    "mean accuracy without": Metric("", True),
+    "mean accuracy without the majority-class task": Metric("", True),
 }
 
 
 def values_of(result: dict[str, Any]) -> dict[str, float]:
     """A run's number for every metric."""
     scores = result["scores"]
-    accuracies = [scores[task]["acc,none"] for task in CHOICE_TASKS]
-    numbers = [result["val_loss"], scores["wikipedia_bits_per_byte"]["bits_per_byte,none"], *accuracies]
-    without = [accuracy for task, accuracy in zip(CHOICE_TASKS, accuracies, strict=True) if task != "wikipedia_yes_no"]
-    return dict(zip(METRICS, [*numbers, fmean(accuracies), fmean(without)], strict=True))
+    accuracies = {task: scores[task]["acc,none"] for task in CHOICE_TASKS}
+    return {
+        "val_loss": result["val_loss"],
+        "wikipedia_bits_per_byte": scores["wikipedia_bits_per_byte"]["bits_per_byte,none"],
+        **accuracies,
+        "mean accuracy with the majority-class task": fmean(accuracies.values()),
+        "mean accuracy without the majority-class task": fmean(
+            value for task, value in accuracies.items() if task != "wikipedia_yes_no"
+        ),
+    }
 
 
 def run(settings: Settings) -> Iterator[Row]:

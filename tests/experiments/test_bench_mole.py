@@ -197,7 +197,7 @@ def test_quality_rows_compare_with_dense_and_leave_out_the_majority_class_task(
     assert rows["mole-4e", "wikipedia_title_cloze"].ratio == pytest.approx(2.0)
     assert rows["mole-4e", "mean accuracy with the majority-class task"].value == pytest.approx(0.5)
     assert rows["dense", "mean accuracy with the majority-class task"].value == pytest.approx(0.375)
-    assert rows["dense", "mean accuracy without"].value == pytest.approx(0.25)
+    assert rows["dense", "mean accuracy without the majority-class task"].value == pytest.approx(0.25)
     with Image.open(tmp_path / "runs" / "mole-quality.png") as picture:
         assert np.asarray(picture).std() > 5
 
